@@ -1,0 +1,46 @@
+# pullcache: 'make run' serves, 'make test' tests everything, 'make check' looks at the code.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+LISTEN ?= 127.0.0.1:5000
+ARGS   ?=
+
+.PHONY: help run test check faults clean
+help:
+	@echo "make run     serve on $(LISTEN) (make run LISTEN=0.0.0.0:5000, make run ARGS='--config my.yaml')"
+	@echo "make test    install what the tests need, and run all of them"
+	@echo "make check   ruff, mypy, layers, documents"
+	@echo "make faults  the long fault runs: crashes at every step, cuts, corruption"
+
+run: $(VENV)/.run
+	$(BIN)/pullcache serve --listen $(LISTEN) $(ARGS)
+
+test: $(VENV)/.test
+	@sh tests/real/install.sh
+	$(BIN)/python -m tests.run
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/unit/test_layers.py tests/unit/test_docs.py
+
+faults: $(VENV)/.test
+	@sh tests/real/install.sh
+	PULLCACHE_FAULTS=long $(BIN)/pytest -q tests/faults
+
+$(VENV)/bin/python:
+	@sh tools/make-venv.sh $(PYTHON) $(VENV)
+
+$(VENV)/.run: $(VENV)/bin/python requirements.lock pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run requirements-test.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements-test.lock
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .cache .run dist

@@ -1,0 +1,66 @@
+"""The command ``pullcache``: parses, calls, prints, exits. 0 is success, 1 a failure, 2 a wrong configuration or usage."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import click
+
+from proxy import __version__
+from proxy.config import Config, ConfigError, load, validate
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="pullcache")
+def main() -> None:
+    """A pull-through cache for container registries."""
+
+
+@main.command("check-config")
+@click.argument("file", type=_FILE)
+def check_config(file: Path) -> None:
+    """Checks a configuration FILE and names everything that is wrong with it."""
+    config = _load(file)
+    click.echo(f"{file}: good; {len(config.upstreams)} upstreams: {', '.join(u.name for u in config.upstreams)}")
+
+
+@main.command()
+@click.option("--config", "file", type=_FILE, help="The configuration (YAML). Without it: the public registries.")
+@click.option("--listen", metavar="ADDRESS", help="Overrides 'listen', for example 0.0.0.0:5000.")
+@click.option("--admin", metavar="ADDRESS", help="Overrides 'admin'.")
+@click.option("--cache-directory", metavar="DIR", help="Overrides 'cache.directory'.")
+def serve(file: Path | None, listen: str | None, admin: str | None, cache_directory: str | None) -> None:
+    """Serves the cache until it is told to stop (SIGTERM, Ctrl-C)."""
+    config = _load(file)
+    overrides: dict[str, object] = {key: value for key, value in (("listen", listen), ("admin", admin)) if value}
+    if cache_directory:
+        overrides["cache"] = {"directory": cache_directory, "maxBlobSize": config.cache.max_blob_size}
+    if overrides:
+        given = config.model_dump(by_alias=True)
+        try:
+            config = validate(given | overrides)
+        except ConfigError as error:
+            _refuse(error)
+    from proxy.cli.serve import run  # aiohttp takes longer to import than all the rest
+
+    sys.exit(run(config))
+
+
+def _load(file: Path | None) -> Config:
+    try:
+        return asyncio.run(load(file)) if file else validate({})
+    except ConfigError as error:
+        _refuse(error)
+        raise AssertionError from error
+
+
+def _refuse(error: ConfigError) -> None:
+    for fault in error.faults:
+        click.echo(fault, err=True)
+    count = len(error.faults)
+    click.echo(f"the configuration has {count} fault{'s' if count > 1 else ''}; nothing was started", err=True)
+    sys.exit(2)

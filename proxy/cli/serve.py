@@ -1,0 +1,67 @@
+"""``pullcache serve``: runs the server, and says at the terminal how to point clients at it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import click
+
+from proxy import logs
+from proxy.config import Config
+from proxy.serve import CannotStart, serve
+from proxy.storage.catalog import CatalogTooNew
+from proxy.storage.layout import DirectoryUnusable
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> int:
+    """Serves; the exit code."""
+    logs.set_up(config.log.format, config.log.level)
+    try:
+        asyncio.run(serve(config, announce))
+    except (CannotStart, DirectoryUnusable, CatalogTooNew) as error:
+        click.echo(f"pullcache cannot start: {error}", err=True)
+        return 2
+    except OSError as error:
+        click.echo(f"pullcache cannot start: {error}", err=True)
+        return 1
+    return 0
+
+
+def announce(config: Config) -> None:
+    """Says where the cache listens, what is dangerous about it, and how it is used."""
+    if not config.listen.is_loopback:
+        log.warning(
+            "listen: %s is reachable from other machines, and everybody who reaches it can pull; a firewall or a network "
+            "policy should let only your nodes through",
+            config.listen,
+        )
+    for upstream in config.upstreams:
+        if upstream.insecure_skip_verify:
+            log.warning("upstream %s: insecureSkipVerify is on; whoever is on the line can pose as it", upstream.name)
+    log.info("serving on %s, admin on %s, cache in %s", config.listen, config.admin, config.cache.directory)
+    click.echo(guide(config))
+
+
+def guide(config: Config) -> str:
+    """How to point containerd and Docker at this cache."""
+    host = config.listen.host
+    if host in ("", "0.0.0.0", "::"):  # noqa: S104 - told apart, not bound
+        host = "THIS-MACHINE"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{config.listen.port}"
+    names = ", ".join(upstream.name for upstream in config.upstreams)
+    first = config.default_name or config.upstreams[0].name
+    lines = [
+        f"pullcache serves {names}",
+        "",
+        f"containerd: /etc/containerd/certs.d/{first}/hosts.toml (the same for every registry above; needs config_path)",
+        f'  server = "https://{first}"' if first != "docker.io" else '  server = "https://registry-1.docker.io"',
+        f'  [host."{url}"]',
+        '    capabilities = ["pull", "resolve"]',
+    ]
+    if config.default_name == "docker.io":
+        lines += ["", "Docker: /etc/docker/daemon.json, then restart dockerd", f'  {{ "registry-mirrors": ["{url}"] }}']
+    lines += ["", f"any client: {url.removeprefix('http://')}/{first}/REPOSITORY:TAG"]
+    return "\n".join(lines)

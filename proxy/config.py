@@ -1,0 +1,360 @@
+"""The configuration: one frozen model, read once, every fault named at once with its key path and a hint.
+
+YAML with camelCase keys. In any text value ``${NAME}`` stands for an environment variable, and a key written with
+``File`` at its end takes its value from that file. Sizes are Kubernetes quantities, times are durations.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+from urllib.parse import urlsplit
+
+import aiofiles
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.alias_generators import to_camel
+
+from proxy.logs import LogFormat, LogLevel
+from proxy.names import DOCKER_HUB, canonical_host, is_host, is_host_like
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. ``faults`` holds one line for each thing that is wrong."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h))+", re.ASCII)
+_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)", re.ASCII)
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_QUANTITY = re.compile(r"(\d+)(|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)", re.ASCII)
+_UNITS = {unit: 1000**n for n, unit in enumerate(["", "k", "M", "G", "T", "P"])} | {
+    unit: 1024**n for n, unit in enumerate(["Ki", "Mi", "Gi", "Ti", "Pi"], start=1)
+}
+
+
+def parse_duration(value: object) -> object:
+    """Seconds of a duration such as ``10s``, ``1m30s`` or ``250ms`` (Go's ``time.ParseDuration``)."""
+    if isinstance(value, str) and _DURATION.fullmatch(value):
+        return sum(float(number) * _SECONDS[unit] for number, unit in _DURATION_PART.findall(value))
+    raise ValueError("not a duration; write for example 10s, 250ms or 1m30s")
+
+
+def parse_quantity(value: object) -> object:
+    """Bytes of a quantity such as ``50Gi`` or ``500M`` (Kubernetes ``resource.Quantity``, whole numbers)."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("not a quantity; write for example 50Gi or 500M")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a listener is bound. An empty host is every interface."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def parse_address(value: object) -> object:
+    """The address of a listener: ``host:port``, ``[ipv6]:port`` or ``:port``."""
+    if isinstance(value, Address):
+        return value
+    host, colon, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535 or (":" in bare and bare == host):
+        raise ValueError("not an address; write for example 127.0.0.1:5000, [::1]:5000 or :5000")
+    return Address(bare, int(port))
+
+
+def _endpoint(value: str) -> str:
+    try:
+        url = urlsplit(value)
+        port_is_valid = url.port is None or 0 < url.port < 65536
+    except ValueError:
+        port_is_valid = False
+    if not port_is_valid or url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError("not an endpoint; write for example https://registry-1.docker.io")
+    if url.username is not None or url.password is not None or url.query or url.fragment:
+        raise ValueError("an endpoint is scheme, host, port and path only; credentials do not belong into it")
+    return value.rstrip("/")
+
+
+def _upstream_name(value: str) -> str:
+    if not is_host(value) or not is_host_like(value) or value != value.lower():
+        raise ValueError("not a registry host; write the name as images have it, for example ghcr.io or registry.corp:5000")
+    return canonical_host(value)
+
+
+def _path_prefix(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", value, re.ASCII):
+        raise ValueError("not a path prefix; one component of a-z 0-9 . _ -")
+    return value
+
+
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, le=3600)]
+Quantity = Annotated[int, BeforeValidator(parse_quantity)]
+Listener = Annotated[Address, BeforeValidator(parse_address)]
+Endpoint = Annotated[str, AfterValidator(_endpoint)]
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        alias_generator=to_camel, extra="forbid", frozen=True, hide_input_in_errors=True, validate_default=True
+    )
+
+
+class Timeouts(_Section):
+    """Bounds on waiting for an upstream, in seconds; a text value is a duration."""
+
+    connect: Duration = Field(default="5s", description="TCP, TLS and DNS of one connection")  # type: ignore[assignment]
+    headers: Duration = Field(default="10s", description="the answer's headers")  # type: ignore[assignment]
+    token: Duration = Field(default="5s", description="the token server, in all")  # type: ignore[assignment]
+    head: Duration = Field(default="3s", description="asking for the digest of a tag, in all")  # type: ignore[assignment]
+    progress: Duration = Field(  # type: ignore[assignment]
+        default="30s", description="a download that brings under 10 KiB in this time is continued elsewhere"
+    )
+
+
+class UpstreamConfig(_Section):
+    """A registry that is cached."""
+
+    name: Annotated[str, AfterValidator(_upstream_name)]
+    path_prefix: Annotated[str, AfterValidator(_path_prefix)] | None = None
+    endpoints: list[Endpoint] = Field(default_factory=list)
+    ca_file: Path | None = None
+    insecure_skip_verify: bool = False
+    token_hosts: list[str] = Field(default_factory=list)
+    allow_addresses: list[Network] = Field(default_factory=list)
+    timeouts: Timeouts = Timeouts()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        """What the name alone implies: the endpoint and the token hosts."""
+        if not isinstance(data, dict) or not isinstance(name := data.get("name"), str) or "endpoints" in data:
+            return data
+        endpoint, token_hosts = PUBLIC_REGISTRIES.get(canonical_host(name), (f"https://{name}", []))
+        return {"endpoints": [endpoint], "tokenHosts": token_hosts} | data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.endpoints:
+            raise ValueError("endpoints: at least one is needed")
+        for endpoint in self.endpoints:
+            host = urlsplit(endpoint).hostname or ""
+            try:
+                address = ipaddress.ip_address(host)
+            except ValueError:
+                continue
+            if not address.is_global and not any(address in network for network in self.allow_addresses):
+                raise ValueError(
+                    f"endpoints: {host} is not a public address; if you mean it, list it: allowAddresses: [{address}/"
+                    f"{address.max_prefixlen}]"
+                )
+        if self.insecure_skip_verify and self.ca_file:
+            raise ValueError("insecureSkipVerify and caFile exclude each other; keep caFile")
+        return self
+
+    @property
+    def prefix(self) -> str:
+        """The first component of paths that mean this upstream."""
+        return self.path_prefix or self.name.replace(":", "_")
+
+
+PUBLIC_REGISTRIES: dict[str, tuple[str, list[str]]] = {
+    DOCKER_HUB: ("https://registry-1.docker.io", ["auth.docker.io"]),
+    "ghcr.io": ("https://ghcr.io", []),
+    "quay.io": ("https://quay.io", []),
+    "registry.k8s.io": ("https://registry.k8s.io", []),
+    "gcr.io": ("https://gcr.io", []),
+    "mcr.microsoft.com": ("https://mcr.microsoft.com", []),
+    "public.ecr.aws": ("https://public.ecr.aws", []),
+}
+"""Name -> (endpoint, token hosts other than the endpoint's own)."""
+
+
+def _default_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "pullcache"
+
+
+class CacheConfig(_Section):
+    """Where content is kept."""
+
+    directory: Path = Field(default_factory=_default_directory)
+    max_blob_size: Quantity = Field(default="128Gi", description="larger blobs are refused")  # type: ignore[assignment]
+
+
+class LogConfig(_Section):
+    """How log lines look."""
+
+    format: LogFormat = "text"
+    level: LogLevel = "info"
+
+
+class Config(_Section):
+    """Everything that an operator decides."""
+
+    listen: Listener = Address("127.0.0.1", 5000)
+    admin: Listener = Address("127.0.0.1", 5001)
+    cache: CacheConfig = CacheConfig()
+    default_upstream: str | None = None
+    upstreams: list[UpstreamConfig] = Field(
+        default_factory=lambda: [UpstreamConfig.model_validate({"name": name}) for name in PUBLIC_REGISTRIES], min_length=1
+    )
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        faults = []
+        owner: dict[str, str] = {}
+        for upstream in self.upstreams:
+            for form in {upstream.name, upstream.prefix}:
+                if form in owner:
+                    faults.append(
+                        f"upstreams: '{form}' means both {owner[form]} and {upstream.name}; change name or pathPrefix"
+                    )
+                owner[form] = upstream.name
+        names = [upstream.name for upstream in self.upstreams]
+        if self.default_upstream is not None and canonical_host(self.default_upstream) not in names:
+            faults.append(f"defaultUpstream: '{self.default_upstream}' is not among the upstreams ({', '.join(names)})")
+        if self.listen == self.admin and self.listen.port:
+            faults.append("admin: the same address as listen; give it a port of its own")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def default_name(self) -> str | None:
+        """The upstream of names that do not say one: as configured, else Docker Hub if it is cached, else none."""
+        if self.default_upstream is not None:
+            return canonical_host(self.default_upstream)
+        return DOCKER_HUB if any(upstream.name == DOCKER_HUB for upstream in self.upstreams) else None
+
+
+def _models(model: type[BaseModel] = Config) -> Iterator[type[BaseModel]]:
+    yield model
+    for field in model.model_fields.values():
+        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from _models(part)
+
+
+def keys() -> set[str]:
+    """Every key of the configuration, as it is written."""
+    return {field.alias or name for model in _models() for name, field in model.model_fields.items()}
+
+
+async def load(path: Path) -> Config:
+    """The configuration in the file ``path``; raises ``ConfigError`` with every fault found."""
+    try:
+        async with aiofiles.open(path, encoding="utf-8") as file:
+            text = await file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read: {error}"]) from error
+    try:
+        raw = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path}: not YAML: {' '.join(str(error).split())}"]) from error
+    faults: list[str] = []
+    expanded = await _expand({} if raw is None else raw, "", faults)
+    return validate(expanded, faults)
+
+
+def validate(raw: object, faults: list[str] | None = None) -> Config:
+    """The configuration that ``raw`` (parsed YAML) holds; ``faults`` are those found before."""
+    faults = list(faults or [])
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        faults += [_explain(item) for item in error.errors(include_url=False, include_context=False, include_input=False)]
+    if faults:
+        raise ConfigError(faults)
+    return config
+
+
+def _explain(item: Any) -> str:
+    where = ""
+    for part in item["loc"]:
+        where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(item["loc"][-1]), keys(), n=1)
+        message = "unknown key" + (f"; did you mean '{near[0]}'?" if near else "")
+    return f"{where}: {message}" if where else message
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice: YAML would keep the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key '{key}' stands twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+async def _expand(value: object, where: str, faults: list[str]) -> object:
+    """``value`` with ``${NAME}`` and ``...File`` replaced by what they stand for."""
+    if isinstance(value, list):
+        return [await _expand(item, f"{where}[{index}]", faults) for index, item in enumerate(value)]
+    if isinstance(value, dict):
+        known = keys()
+        result: dict[object, object] = {}
+        for key, item in value.items():
+            path = f"{where}.{key}" if where else str(key)
+            item = await _expand(item, path, faults)
+            if isinstance(key, str) and key.endswith("File") and key not in known and key[:-4] in known:
+                if key[:-4] in value:
+                    faults.append(f"{path}: stands beside '{key[:-4]}'; keep one of them")
+                    continue
+                key, item = key[:-4], await _read(item, path, faults)
+            result[key] = item
+        return result
+    if isinstance(value, str):
+        for name in _VARIABLE.findall(value):
+            if name not in os.environ:
+                faults.append(f"{where}: the environment variable {name} is not set")
+        return _VARIABLE.sub(lambda match: os.environ.get(match[1], ""), value)
+    return value
+
+
+async def _read(path: object, where: str, faults: list[str]) -> object:
+    try:
+        async with aiofiles.open(str(path), encoding="utf-8") as file:
+            return (await file.read()).rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        faults.append(f"{where}: cannot be read: {error}")
+        return None

@@ -1,0 +1,230 @@
+"""Outermost: every request passes here once, in and out.
+
+Bounds on what a client may send and hold, the method, the path's route, errors to JSON, one log line, the counters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import secrets
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from proxy.errors import NameUnknown, RegistryError, RequestInvalid, RequestTooLarge, Unsupported
+from proxy.handlers import DECISION, Handler
+from proxy.logs import printable
+from proxy.metrics import Metrics
+from proxy.send import COMMON_HEADERS, BodyCut, cut
+
+log = logging.getLogger(__name__)
+access_log = logging.getLogger("proxy.access")
+
+HEADER_SECONDS = 15.0
+IDLE_SECONDS = 60.0
+MAX_CONNECTIONS = 4096
+MAX_PER_ADDRESS = 256
+_MAX_IGNORED_BODY = 64 * 1024
+_BODY_SECONDS = 10.0
+_PRIVATE = COMMON_HEADERS | {"Cache-Control": "private, no-store", "Vary": "Authorization, Accept"}
+
+Route = tuple[str, re.Pattern[str], Handler]
+"""Kind of content (for the counters), the whole raw path, and who answers."""
+
+
+class Edge:
+    """Answers every request of the listener that clients use."""
+
+    def __init__(self, routes: Sequence[Route], metrics: Metrics) -> None:
+        self._routes = routes
+        self._metrics = metrics
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answers one request. Raises only what ends the connection."""
+        began = time.monotonic()
+        identity = secrets.token_hex(8)
+        kind, status, error = "other", "-", ""
+        request[DECISION] = "none"
+        try:
+            await _ignore_body(request)
+            kind, handler, match = self._route(request)
+            response = await handler(request, match)
+            status = str(response.status)
+        except RegistryError as failure:
+            status, error = str(failure.status), failure.message
+            request[DECISION] = "error"
+            response = _render(failure, identity)
+            if isinstance(failure, RequestTooLarge | RequestInvalid):
+                response.force_close()
+        except BodyCut as failure:
+            status, error = "cut", str(failure)
+            raise
+        except ConnectionError:
+            status, error = "left", "the client has gone"
+            raise
+        except asyncio.CancelledError:
+            status, error = "left", "the client has gone"
+            raise
+        except Exception as failure:
+            status, error = "500", type(failure).__name__
+            log.exception("request %s failed by a fault of pullcache", identity)
+            if request.writer.output_size > 0:
+                cut(request, reset=True)
+                raise ConnectionResetError("failed after its headers") from failure
+            response = _render(RegistryError("pullcache failed; its log tells more under this request's id"), identity)
+        finally:
+            self._metrics.requests.labels(kind, request[DECISION], status).inc()
+            self._log(request, identity, status, error, time.monotonic() - began)
+        return response
+
+    def _route(self, request: web.BaseRequest) -> tuple[str, Handler, re.Match[str]]:
+        if request.method not in ("GET", "HEAD"):
+            raise Unsupported("this registry is a cache: it can be read only", headers={"Allow": "GET, HEAD"})
+        path = request.rel_url.raw_path
+        for kind, pattern, handler in self._routes:
+            if match := pattern.fullmatch(path):
+                return kind, handler, match
+        raise NameUnknown("this is a registry; its API is below /v2/")
+
+    def _log(self, request: web.BaseRequest, identity: str, status: str, error: str, seconds: float) -> None:
+        if not access_log.isEnabledFor(logging.INFO):
+            return
+        fields: dict[str, object] = {
+            "id": identity,
+            "client": request.remote or "-",
+            "method": request.method,
+            "path": request.rel_url.raw_path,
+            "ns": request.rel_url.query.get("ns", ""),
+            "status": status,
+            "decision": request[DECISION],
+            "bytes": request.writer.output_size,
+            "seconds": round(seconds, 4),
+            "agent": request.headers.get("User-Agent", ""),
+        }
+        if error:
+            fields["error"] = error
+        access_log.info("request", extra={"fields": fields})
+
+
+async def _ignore_body(request: web.BaseRequest) -> None:
+    """A body has no meaning here: a small one is drained (OCI conformance sends one), a large one refused."""
+    if not request.body_exists:
+        return
+    taken = 0
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for data in request.content.iter_any():
+                taken += len(data)
+                if taken > _MAX_IGNORED_BODY:
+                    raise RequestTooLarge("a request to this registry needs no body")
+    except TimeoutError as error:
+        raise RequestTooLarge("the request's body did not come in time; none is needed") from error
+
+
+def _render(error: RegistryError, identity: str) -> web.Response:
+    """The JSON of an error (OCI distribution spec, "Error Codes"); the input is not repeated in it."""
+    body = {"errors": [{"code": error.code, "message": printable(error.message, 1024), "detail": {"request": identity}}]}
+    headers = _PRIVATE | {"X-Request-Id": identity} | error.headers
+    return web.Response(
+        status=error.status, body=json.dumps(body).encode(), content_type="application/json", headers=headers
+    )
+
+
+class _Connection(RequestHandler):
+    """One client connection, with a deadline for each header block and our own page for what is not HTTP."""
+
+    __slots__ = ("_deadline",)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        if self._deadline is None and self._current_request is None:
+            self._expect()
+        super().data_received(data)
+        if self._messages or self._current_request is not None:
+            self._forget()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._forget()
+        super().connection_lost(exc)
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """aiohttp's own page would quote the header that is at fault, credentials included."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("failed after its headers")
+        fault = RequestInvalid("the request is not valid HTTP") if status == 400 else RegistryError("pullcache failed")
+        if status != 400:
+            log.error("a request failed outside its handler", exc_info=exc)
+        response = _render(fault, "-")
+        response.force_close()
+        return response
+
+    def _expect(self) -> None:
+        self._deadline = asyncio.get_running_loop().call_later(HEADER_SECONDS, self._late)
+
+    def _late(self) -> None:
+        self._deadline = None
+        if self._current_request is None and self.transport is not None:
+            self.transport.abort()
+
+    def _forget(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+class Listener(web.Server):
+    """aiohttp's low-level server with bounds: connections in all and for each address, sizes, idle time."""
+
+    def __init__(self, edge: Edge, metrics: Metrics) -> None:
+        super().__init__(
+            edge,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=IDLE_SECONDS,
+            lingering_time=0,
+            max_line_size=8190,
+            max_field_size=16 * 1024,
+            max_headers=64,
+            auto_decompress=False,
+        )
+        self._metrics = metrics
+        self._addresses: Counter[str] = Counter()
+        self._open: dict[object, str] = {}
+
+    def __call__(self) -> RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
+        """Counts a connection in, or turns it away."""
+        super().connection_made(handler, transport)
+        address = str((transport.get_extra_info("peername") or ("",))[0])
+        self._open[handler] = address
+        self._addresses[address] += 1
+        self._metrics.connections.inc()
+        if len(self._open) > MAX_CONNECTIONS or self._addresses[address] > MAX_PER_ADDRESS:
+            transport.abort()
+
+    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+        """Counts a connection out."""
+        super().connection_lost(handler, exc)
+        if (address := self._open.pop(handler, None)) is not None:
+            self._metrics.connections.dec()
+            self._addresses[address] -= 1
+            if not self._addresses[address]:
+                del self._addresses[address]

@@ -1,0 +1,115 @@
+"""Every error that a client of pullcache can see: one class a registry error code and status.
+
+Foreign exceptions (aiohttp, OSError, sqlite3) become one of these at two edges only, ``upstream/client`` and ``storage``;
+``edge`` alone turns them into a response. Nothing in between chooses a status.
+
+Codes: OCI distribution spec 1.1.1, section "Error Codes"; statuses: distribution ``registry/api/errcode/register.go``.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class RegistryError(Exception):
+    """An answer of the registry API other than success.
+
+    ``message`` is what a person finally reads in ``kubectl describe pod``: it names the upstream, what it said, and
+    what to do. ``headers`` go into the response as they are.
+    """
+
+    code: ClassVar[str] = "UNKNOWN"
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.headers = headers or {}
+
+
+class NameInvalid(RegistryError):
+    """The repository name breaks the grammar."""
+
+    code, status = "NAME_INVALID", 400
+
+
+class DigestInvalid(RegistryError):
+    """The digest breaks the grammar, or its algorithm is not known."""
+
+    code, status = "DIGEST_INVALID", 400
+
+
+class NameUnknown(RegistryError):
+    """No upstream, or no repository, of that name."""
+
+    code, status = "NAME_UNKNOWN", 404
+
+
+class ManifestUnknown(RegistryError):
+    """The registry answered that it has no such manifest."""
+
+    code, status = "MANIFEST_UNKNOWN", 404
+
+
+class BlobUnknown(RegistryError):
+    """The registry answered that it has no such blob."""
+
+    code, status = "BLOB_UNKNOWN", 404
+
+
+class Denied(RegistryError):
+    """The registry itself refused the right to read (401 or 403 as a registry error)."""
+
+    code, status = "DENIED", 403
+
+
+class Unsupported(RegistryError):
+    """A method that a read-only registry does not offer."""
+
+    code, status = "UNSUPPORTED", 405
+
+
+class RangeInvalid(RegistryError):
+    """The range begins at or after the end of the content."""
+
+    code, status = "RANGE_INVALID", 416
+
+
+class RequestTooLarge(RegistryError):
+    """The request brought a body that is larger than what is drained and ignored."""
+
+    code, status = "SIZE_INVALID", 413
+
+
+class RequestInvalid(RegistryError):
+    """What came is not a request that HTTP allows."""
+
+    code, status = "UNSUPPORTED", 400
+
+
+class LoopDetected(RegistryError):
+    """The request has been through this very instance before (RFC 5842 section 7.2, found by ``Via``)."""
+
+    code, status = "UNAVAILABLE", 508
+
+
+class UpstreamFailing(RegistryError):
+    """The upstream gave no answer that could be used; what is held may be served in its place."""
+
+
+class UpstreamUnavailable(UpstreamFailing):
+    """No answer in time: connection, DNS, TLS, time limits."""
+
+    code, status = "UNAVAILABLE", 503
+
+
+class UpstreamBroken(UpstreamFailing):
+    """An answer that is no use: 5xx, wrong bytes, wrong length, not a registry at all."""
+
+    code, status = "UNKNOWN", 502
+
+
+class TooManyRequests(UpstreamFailing):
+    """The upstream limits the rate; ``Retry-After`` is passed on when it gave one."""
+
+    code, status = "TOOMANYREQUESTS", 429

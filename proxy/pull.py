@@ -1,0 +1,276 @@
+"""The product: what a client gets for a manifest or a blob.
+
+    names -> route -> access -> policy -> content
+
+Access comes first: content is shared between repositories, the right to read it is not. A digest is served for a
+repository only after its link there was proved, by our own GET or HEAD of it or by a manifest of that repository that
+names it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from proxy.errors import ManifestUnknown, UpstreamBroken, UpstreamFailing
+from proxy.fetch import VERIFIED_FIRST, Fetcher, Stream
+from proxy.manifests import ManifestInvalid, parse_manifest
+from proxy.metrics import Metrics
+from proxy.names import Digest, Reference, Repository, Tag, digest_of
+from proxy.once import Once
+from proxy.policy import Accept
+from proxy.storage.base import Content, InlineContent
+from proxy.storage.catalog import Tagged
+from proxy.storage.store import Store
+from proxy.threads import Threads
+from proxy.upstream.client import Upstream
+
+Decision = Literal["hit", "revalidated", "miss", "follow", "head", "stale"]
+"""hit: held, nobody asked; revalidated: held, upstream said it still is so; miss: fetched; follow: somebody else was
+fetching it; head: upstream told of it; stale: held, upstream was failing."""
+
+BLOB_TYPE = "application/octet-stream"
+_JOIN_WITHIN = 1.0  # seconds: a later caller may have seen a push that an earlier question did not
+_PATIENCE = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a client wants something from, and the proxies that its request came through."""
+
+    upstream: str
+    repository: Repository
+    via: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a client is told. ``content`` is None where only its headers are known; whoever gets it closes it."""
+
+    digest: Digest
+    size: int | None
+    media_type: str
+    decision: Decision
+    content: Content | None
+    by_tag: bool = False
+    warning: str | None = None
+
+    def close(self) -> None:
+        """Gives the content back."""
+        if self.content is not None:
+            self.content.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    digest: Digest
+    body: bytes
+    media_type: str
+
+    def answer(self, decision: Decision, *, by_tag: bool, warning: str | None = None) -> Answer:
+        content = InlineContent(self.digest, self.body)
+        return Answer(self.digest, len(self.body), self.media_type, decision, content, by_tag, warning)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pointed:
+    """Where a tag points."""
+
+    digest: Digest
+    size: int
+    media_type: str
+
+
+class Pull:
+    """Manifests and blobs, from the store or from the upstreams."""
+
+    def __init__(
+        self, upstreams: Mapping[str, Upstream], store: Store, fetcher: Fetcher, threads: Threads, metrics: Metrics
+    ) -> None:
+        self._upstreams = upstreams
+        self._store = store
+        self._fetcher = fetcher
+        self._threads = threads
+        self._metrics = metrics
+        self._heads: Once[tuple[str, Repository, Tag, str], _Pointed] = Once(_JOIN_WITHIN)
+        self._gets: Once[tuple[str, Repository, Reference, str], _Held] = Once(_JOIN_WITHIN)
+        self._proofs: Once[tuple[str, Repository, Digest], None] = Once()
+
+    # -- manifests ---------------------------------------------------------------------------------------------------
+
+    async def manifest(self, target: Target, reference: Reference, accept: Accept) -> Answer:
+        """A manifest, verified; raises ``RegistryError``."""
+        if isinstance(reference, Digest):
+            if (held := await self._held_manifest(target, reference)) is not None:
+                return held.answer("hit", by_tag=False)
+            return (await self._get(target, reference, accept)).answer("miss", by_tag=False)
+        known = self._store.tagged(target.upstream, target.repository, reference, accept.key)
+        held = self._manifest(known.digest) if known else None
+        if known is None or held is None:
+            return (await self._get(target, reference, accept)).answer("miss", by_tag=True)
+        try:
+            head = await self._ask_tag(target, reference, accept)
+            if head.digest == held.digest:
+                return held.answer("revalidated", by_tag=True)
+            fresh = self._manifest(head.digest) or await self._get(target, head.digest, accept)
+            return fresh.answer("miss", by_tag=True)
+        except UpstreamFailing as failure:
+            return held.answer("stale", by_tag=True, warning=self._stale(target, known, failure))
+
+    async def manifest_head(self, target: Target, reference: Reference, accept: Accept) -> Answer:
+        """What a GET would bring, without it; asks upstream by HEAD where it must. Raises ``RegistryError``."""
+        if isinstance(reference, Digest):
+            if (held := await self._held_manifest(target, reference)) is not None:
+                return held.answer("hit", by_tag=False)
+            upstream = self._upstreams[target.upstream]
+            head = await upstream.head_manifest(target.repository, reference, accept.sent, target.via)
+            if head.digest is not None and head.digest.algorithm == reference.algorithm and head.digest != reference:
+                raise self._mismatch(target, f"answered {head.digest} when asked for {reference}")
+            if head.size is None:
+                return (await self._get(target, reference, accept)).answer("miss", by_tag=False)
+            return Answer(reference, head.size, head.media_type, "head", None)
+        known = self._store.tagged(target.upstream, target.repository, reference, accept.key)
+        held = self._manifest(known.digest) if known else None
+        try:
+            pointed = await self._ask_tag(target, reference, accept)
+        except UpstreamFailing as failure:
+            if known is None or held is None:
+                raise
+            return held.answer("stale", by_tag=True, warning=self._stale(target, known, failure))
+        if held is not None and pointed.digest == held.digest:
+            return held.answer("revalidated", by_tag=True)
+        return Answer(pointed.digest, pointed.size, pointed.media_type, "head", None, by_tag=True)
+
+    def _manifest(self, digest: Digest) -> _Held | None:
+        found = self._store.manifest(digest)
+        return _Held(digest, *found) if found else None
+
+    async def _held_manifest(self, target: Target, digest: Digest) -> _Held | None:
+        """A held manifest that this repository may be served; asks upstream where that was not proved."""
+        held = self._manifest(digest)
+        if held is not None and not self._store.is_linked(target.upstream, target.repository, digest):
+            upstream = self._upstreams[target.upstream]
+
+            async def ask() -> None:
+                await upstream.head_manifest(target.repository, digest, "*/*", target.via)
+                await self._threads.run(self._store.link, target.upstream, target.repository, digest)
+
+            await self._proofs.run((target.upstream, target.repository, digest), ask)
+        return held
+
+    async def _ask_tag(self, target: Target, tag: Tag, accept: Accept) -> _Pointed:
+        """Where the upstream says that the tag points. One HEAD for all who wait."""
+        upstream = self._upstreams[target.upstream]
+
+        async def ask() -> _Pointed:
+            try:
+                head = await upstream.head_manifest(target.repository, tag, accept.sent, target.via)
+            except ManifestUnknown:
+                await self._threads.run(self._store.forget_tag, target.upstream, target.repository, tag)
+                raise
+            if head.digest is None or head.size is None:
+                held = await self._get(target, tag, accept)
+                return _Pointed(held.digest, len(held.body), held.media_type)
+            await self._set_tag(target, tag, accept, head.digest)
+            return _Pointed(head.digest, head.size, head.media_type)
+
+        return await self._heads.run((target.upstream, target.repository, tag, accept.key), ask)
+
+    async def _get(self, target: Target, reference: Reference, accept: Accept) -> _Held:
+        """One GET for all who wait: verified, saved with its link, and the tag remembered."""
+        upstream = self._upstreams[target.upstream]
+
+        async def get() -> _Held:
+            answer = await upstream.get_manifest(target.repository, reference, accept.sent, target.via)
+            try:
+                manifest = parse_manifest(answer.body, answer.content_type)
+            except ManifestInvalid as error:
+                raise self._mismatch(target, f"sent what cannot be used as manifest {reference}: {error}") from error
+            if isinstance(reference, Digest):
+                digest = reference
+                if not digest.matches(answer.body):
+                    raise self._mismatch(target, f"sent another manifest than {reference}")
+            else:
+                digest = digest_of(answer.body)
+            known = self._store.manifest(digest)
+            if known is not None and known[1] != manifest.media_type:
+                raise self._mismatch(target, f"sent {digest} as {manifest.media_type}; before it was {known[1]}")
+            await self._threads.run(
+                self._store.put_manifest, target.upstream, target.repository, digest, answer.body, manifest
+            )
+            if not isinstance(reference, Digest):
+                await self._set_tag(target, reference, accept, digest)
+            return _Held(digest, answer.body, manifest.media_type)
+
+        return await self._gets.run((target.upstream, target.repository, reference, accept.key), get)
+
+    async def _set_tag(self, target: Target, tag: Tag, accept: Accept, digest: Digest) -> None:
+        now = time.time()
+        await self._threads.run(self._store.set_tag, target.upstream, target.repository, tag, accept.key, digest, now)
+
+    def _stale(self, target: Target, known: Tagged, failure: UpstreamFailing) -> str:
+        self._metrics.stale.labels(target.upstream).inc()
+        age = max(0, int(time.time() - known.checked))
+        return f"served from the cache, last confirmed {age} s ago: {failure}"
+
+    def _mismatch(self, target: Target, text: str) -> UpstreamBroken:
+        self._metrics.mismatches.labels(target.upstream).inc()
+        return UpstreamBroken(f"{target.upstream} {text}; nothing was kept")
+
+    # -- blobs -------------------------------------------------------------------------------------------------------
+
+    async def blob(self, target: Target, digest: Digest, start: int) -> Answer:
+        """A blob, to be read from about ``start`` on; raises ``RegistryError``."""
+        origin = (target.upstream, target.repository)
+        await self._may_read(target, digest)
+        # From here to join there is no await: what ends being in flight is held before it leaves the table.
+        if (stored := self._store.open_blob(digest)) is not None:
+            return Answer(digest, stored.size, BLOB_TYPE, "hit", stored)
+        upstream = self._upstreams[target.upstream]
+
+        async def source(offset: int, attempt: int) -> Stream:
+            return await upstream.open_blob(target.repository, digest, offset, attempt, target.via)
+
+        decision: Decision = "miss" if self._fetcher.origin(digest) is None else "follow"
+        reader = self._fetcher.join(
+            digest,
+            origin,
+            source,
+            size=self._store.size_of(digest),
+            start=start,
+            floor=upstream.config.timeouts.progress,
+        )
+        try:
+            await reader.ready(VERIFIED_FIRST, _PATIENCE)
+        except BaseException:
+            reader.close()
+            raise
+        return Answer(digest, reader.size, BLOB_TYPE, decision, reader)
+
+    async def blob_head(self, target: Target, digest: Digest) -> Answer:
+        """The size of a blob; starts no download. Raises ``RegistryError``."""
+        await self._may_read(target, digest)
+        if (stored := self._store.open_blob(digest)) is not None:
+            return Answer(digest, stored.size, BLOB_TYPE, "hit", stored)
+        size = self._store.size_of(digest)
+        if size is not None and self._store.is_linked(target.upstream, target.repository, digest):
+            return Answer(digest, size, BLOB_TYPE, "hit", None)
+        size = await self._upstreams[target.upstream].head_blob(target.repository, digest, target.via)
+        return Answer(digest, size, BLOB_TYPE, "head", None)
+
+    async def _may_read(self, target: Target, digest: Digest) -> None:
+        """Proves the link of what is held or in flight, by one HEAD. What is neither is proved by the GET that brings it."""
+        if self._store.is_linked(target.upstream, target.repository, digest):
+            return
+        in_flight = self._fetcher.origin(digest)
+        if in_flight == (target.upstream, target.repository) or (in_flight is None and not self._store.has(digest)):
+            return
+        upstream = self._upstreams[target.upstream]
+
+        async def ask() -> None:
+            await upstream.head_blob(target.repository, digest, target.via)
+            await self._threads.run(self._store.link, target.upstream, target.repository, digest)
+
+        await self._proofs.run((target.upstream, target.repository, digest), ask)

@@ -1,0 +1,62 @@
+"""Sockets and signals: listens, says so, and on SIGTERM or SIGINT lets running answers finish."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+
+from aiohttp import http_parser, http_writer, web
+
+from proxy import admin, app
+from proxy.config import Address, Config
+
+log = logging.getLogger(__name__)
+
+GRACE_SECONDS = 25.0
+
+
+class CannotStart(Exception):
+    """The program cannot serve here; the text says why and what to do."""
+
+
+def check_libraries() -> None:
+    """Refuses to run on aiohttp's pure Python parser, which accepts what the compiled one refuses (request smuggling)."""
+    if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy or http_writer._serialize_headers is (
+        http_writer._py_serialize_headers
+    ):
+        raise CannotStart(
+            "aiohttp runs without its compiled extensions; unset AIOHTTP_NO_EXTENSIONS and install aiohttp from a wheel"
+        )
+
+
+async def serve(config: Config, announce: Callable[[Config], None]) -> None:
+    """Serves until a signal asks to stop. ``announce`` is called once the listeners are open."""
+    check_libraries()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with app.build(config) as cache:
+        admin_runner = web.AppRunner(
+            admin.application(cache.metrics, lambda: not stop.is_set()), access_log=None, handle_signals=False
+        )
+        runner = web.ServerRunner(cache.listener, shutdown_timeout=GRACE_SECONDS)
+        try:
+            await _listen(admin_runner, config.admin, "admin")
+            await _listen(runner, config.listen, "listen")
+            announce(config)
+            await stop.wait()
+            log.info("stopping: answers that are running may finish")
+        finally:
+            await runner.cleanup()
+            await admin_runner.cleanup()
+
+
+async def _listen(runner: web.BaseRunner, address: Address, key: str) -> None:
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, address.host or None, address.port).start()
+    except OSError as error:
+        raise CannotStart(f"{key}: {address} cannot be listened on: {error.strerror}; choose another address") from error

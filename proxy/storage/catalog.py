@@ -1,0 +1,235 @@
+"""What is known of the content: sizes, media types, who may be served what, and where tags pointed last.
+
+An sqlite database that is an index only: all of it can be found again from the files, so losing it loses no content.
+Reads are inline (microseconds, the pages are in memory); writes go through one thread that commits in groups.
+"""
+
+from __future__ import annotations
+
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxy.manifests import Manifest
+from proxy.names import Digest, Repository, Tag, parse_digest
+
+SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE blobs (
+  digest TEXT PRIMARY KEY, size INTEGER NOT NULL, media_type TEXT  -- media_type: of manifests, NULL for all else
+) WITHOUT ROWID;
+CREATE TABLE children (
+  parent TEXT NOT NULL, digest TEXT NOT NULL, size INTEGER NOT NULL, PRIMARY KEY (parent, digest)
+) WITHOUT ROWID;
+CREATE INDEX children_by_digest ON children (digest);
+CREATE TABLE links (
+  upstream TEXT NOT NULL, repository TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (digest, upstream, repository)
+) WITHOUT ROWID;
+CREATE TABLE tags (
+  upstream TEXT NOT NULL, repository TEXT NOT NULL, tag TEXT NOT NULL, accept TEXT NOT NULL,
+  digest TEXT NOT NULL, checked REAL NOT NULL, PRIMARY KEY (upstream, repository, tag, accept, digest)
+) WITHOUT ROWID;
+-- A tag may have two rows: where it points, and, until that manifest is held, where it pointed last that is held.
+"""
+
+
+class CatalogTooNew(Exception):
+    """The database was written by a later version, which this one must not touch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """Where a tag pointed when its upstream was last asked (``checked``: seconds since the epoch)."""
+
+    digest: Digest
+    checked: float
+
+
+Write = Callable[[sqlite3.Connection], object]
+
+
+class Catalog:
+    """The database of one cache directory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._reader = self._connect()
+        self._queue: queue.SimpleQueue[tuple[Write, Future[None]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="catalog", daemon=True)
+
+    @classmethod
+    def open(cls, path: Path) -> Catalog:
+        """Opens, or makes, the database at ``path``; raises ``sqlite3.DatabaseError`` or ``CatalogTooNew``."""
+        catalog = cls(path)
+        try:
+            connection = catalog._reader
+            connection.execute("PRAGMA journal_mode = WAL")
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version > SCHEMA_VERSION:
+                raise CatalogTooNew(
+                    f"{path} was written by a later version of pullcache (schema {version}; this knows {SCHEMA_VERSION}); "
+                    "use that version, or another directory"
+                )
+            if version == 0:
+                connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            connection.execute("SELECT count(*) FROM blobs").fetchone()
+        except BaseException:
+            catalog._reader.close()
+            raise
+        catalog._thread.start()
+        return catalog
+
+    def close(self) -> None:
+        """Commits what is queued, and closes."""
+        self._queue.put(None)
+        self._thread.join()
+        self._reader.close()
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def blob(self, digest: Digest) -> tuple[int, str | None] | None:
+        """Size and media type (of manifests) of content that is held."""
+        row = self._reader.execute("SELECT size, media_type FROM blobs WHERE digest = ?", (str(digest),)).fetchone()
+        return (row[0], row[1]) if row else None
+
+    def stated_size(self, digest: Digest) -> int | None:
+        """The size that a held manifest states for ``digest``, if all that name it agree."""
+        rows = self._reader.execute("SELECT DISTINCT size FROM children WHERE digest = ?", (str(digest),)).fetchall()
+        return int(rows[0][0]) if len(rows) == 1 else None
+
+    def is_linked(self, upstream: str, repository: Repository, digest: Digest) -> bool:
+        """Whether it was proved that ``digest`` is in that repository: by itself, or by a manifest that names it."""
+        row = self._reader.execute(
+            "SELECT 1 FROM links WHERE digest = ?1 AND upstream = ?2 AND repository = ?3 UNION ALL "
+            "SELECT 1 FROM children JOIN links ON links.digest = children.parent "
+            "WHERE children.digest = ?1 AND upstream = ?2 AND repository = ?3 LIMIT 1",
+            (str(digest), upstream, repository),
+        ).fetchone()
+        return row is not None
+
+    def tag(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> Tagged | None:
+        """The held manifest that the tag pointed at last, for clients of that class of ``Accept``."""
+        row = self._reader.execute(
+            "SELECT digest, checked FROM tags JOIN blobs USING (digest) WHERE upstream = ? AND repository = ? AND tag = ? "
+            "AND accept = ? AND media_type IS NOT NULL ORDER BY checked DESC LIMIT 1",
+            (upstream, repository, tag, accept),
+        ).fetchone()
+        return Tagged(parse_digest(row[0]), row[1]) if row else None
+
+    def digests(self) -> dict[Digest, int]:
+        """Digest and size of all that is held."""
+        return {parse_digest(digest): size for digest, size in self._reader.execute("SELECT digest, size FROM blobs")}
+
+    def provenance(self, digest: Digest) -> tuple[list[tuple[str, str]], list[tuple[str, str, str, str, float]]]:
+        """Links (upstream, repository) and tags (upstream, repository, tag, accept, checked) of a manifest."""
+        links = self._reader.execute("SELECT upstream, repository FROM links WHERE digest = ?", (str(digest),)).fetchall()
+        tags = self._reader.execute(
+            "SELECT upstream, repository, tag, accept, checked FROM tags WHERE digest = ?", (str(digest),)
+        ).fetchall()
+        return links, tags
+
+    # -- writing: each returns a future that is done once the change is committed ------------------------------------
+
+    def add(self, digest: Digest, size: int, manifest: Manifest | None = None) -> Future[None]:
+        """Content is held from now on."""
+
+        def write(connection: sqlite3.Connection) -> None:
+            media_type = manifest.media_type if manifest else None
+            connection.execute(
+                "INSERT INTO blobs VALUES (?1, ?2, ?3) "
+                "ON CONFLICT DO UPDATE SET size = ?2, media_type = ifnull(?3, media_type)",
+                (str(digest), size, media_type),
+            )
+            if manifest:
+                connection.executemany(
+                    "INSERT OR REPLACE INTO children VALUES (?, ?, ?)",
+                    [(str(digest), str(child.digest), child.size) for child in manifest.children],
+                )
+
+        return self._submit(write)
+
+    def remove(self, digest: Digest) -> Future[None]:
+        """Content is held no more. What named it, and what it named, stays proved."""
+        return self._submit(lambda connection: connection.execute("DELETE FROM blobs WHERE digest = ?", (str(digest),)))
+
+    def link(self, upstream: str, repository: Repository, digest: Digest) -> Future[None]:
+        """It was proved that ``digest`` is in that repository."""
+        row = (upstream, repository, str(digest))
+        return self._submit(lambda connection: connection.execute("INSERT OR IGNORE INTO links VALUES (?, ?, ?)", row))
+
+    def unlink(self, upstream: str, repository: Repository, digest: Digest) -> Future[None]:
+        """The upstream says that ``digest`` is not in that repository."""
+        row = (upstream, repository, str(digest))
+        return self._submit(
+            lambda connection: connection.execute(
+                "DELETE FROM links WHERE upstream = ? AND repository = ? AND digest = ?", row
+            )
+        )
+
+    def set_tag(
+        self, upstream: str, repository: Repository, tag: Tag, accept: str, digest: Digest, checked: float
+    ) -> Future[None]:
+        """The upstream says where the tag points."""
+        row = (upstream, repository, tag, accept, str(digest), checked)
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute("INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?, ?, ?)", row)
+            connection.execute(
+                "DELETE FROM tags WHERE upstream = ?1 AND repository = ?2 AND tag = ?3 AND accept = ?4 AND digest != ?5 AND "
+                "(EXISTS (SELECT 1 FROM blobs WHERE blobs.digest = ?5 AND media_type IS NOT NULL) OR "
+                "NOT EXISTS (SELECT 1 FROM blobs WHERE blobs.digest = tags.digest AND media_type IS NOT NULL))",
+                row[:5],
+            )
+
+        return self._submit(write)
+
+    def forget_tag(self, upstream: str, repository: Repository, tag: Tag) -> Future[None]:
+        """The upstream says that the tag is gone."""
+        row = (upstream, repository, tag)
+        return self._submit(
+            lambda connection: connection.execute("DELETE FROM tags WHERE upstream = ? AND repository = ? AND tag = ?", row)
+        )
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5)
+        connection.execute("PRAGMA synchronous = NORMAL")
+        return connection
+
+    def _submit(self, write: Write) -> Future[None]:
+        future: Future[None] = Future()
+        self._queue.put((write, future))
+        return future
+
+    def _run(self) -> None:
+        connection = self._connect()
+        while True:
+            group = [self._queue.get()]
+            while len(group) < 256 and not self._queue.empty():
+                group.append(self._queue.get())
+            jobs = [job for job in group if job is not None]
+            if not self._commit(connection, jobs) and len(jobs) > 1:
+                for job in jobs:  # one of them is at fault: the others shall not share its fate
+                    self._commit(connection, [job])
+            if None in group:
+                connection.close()
+                return
+
+    def _commit(self, connection: sqlite3.Connection, jobs: list[tuple[Write, Future[None]]]) -> bool:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            for write, _ in jobs:
+                write(connection)
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            if len(jobs) == 1:
+                jobs[0][1].set_exception(error)
+            return False
+        for _, future in jobs:
+            future.set_result(None)
+        return True

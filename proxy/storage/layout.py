@@ -1,0 +1,293 @@
+"""Content on the local disk: a valid OCI image layout, with pullcache's own files beside it.
+
+    DIRECTORY/
+      oci-layout, index.json         so that other tools read it (OCI image spec, image-layout.md)
+      blobs/<algorithm>/<hex>        content; whatever stands here was complete, hashed and synced first
+      meta/<algorithm>/<hex>.json    beside each stored manifest: what the catalog can be rebuilt from
+      ingest/                        spools and other files in the making; emptied at every start
+      quarantine/                    what stood under blobs/ and was not what its name says
+      cache.db                       the catalog
+      lock                           held by the one process that works here
+
+Nothing is written onto its final name: write, hash, fsync, rename, fsync of the folder. Names of files are digests that
+passed the grammar, opened relative to folders that were opened at the start, never through a symbolic link.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import json
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from proxy.errors import RegistryError
+from proxy.names import Digest, parse_digest
+
+log = logging.getLogger(__name__)
+
+ALGORITHMS = ("sha256", "sha512")
+MIN_FREE = 0.05
+"""Part of the disk that is left free; below it nothing more is saved."""
+
+_NETWORK = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "fuse.sshfs", "fuse.glusterfs"}
+)
+_OPEN = os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+class DirectoryUnusable(Exception):
+    """The cache directory cannot be used; the text names it, says why and what to do."""
+
+
+class SpoolFile:
+    """A file in ``ingest/`` that becomes content, or is removed."""
+
+    def __init__(self, layout: Layout, name: str, descriptor: int) -> None:
+        self._layout = layout
+        self.name = name
+        self.descriptor = descriptor
+        self._named = True
+
+    def adopt(self, digest: Digest) -> None:
+        """Puts the file in its place, for good; the caller has checked that it holds what ``digest`` names."""
+        self._layout._place(self, digest)
+        self._named = False
+
+    def close(self) -> None:
+        """Closes the file, and removes it if it was not adopted."""
+        try:
+            if self._named:
+                self._named = False
+                os.unlink(self.name, dir_fd=self._layout.ingest)
+        except OSError as error:
+            log.warning("a spool could not be removed: %s", error)
+        finally:
+            os.close(self.descriptor)
+
+
+class Layout:
+    """The files of one cache directory. Blocking; one instance a directory, guarded by a lock."""
+
+    def __init__(self, path: Path, root: int, lock: int) -> None:
+        self.path = path
+        self._root = root
+        self._lock = lock
+        self._serial = itertools.count()
+        self.ingest = self._folder("ingest")
+        self._quarantine = self._folder("quarantine")
+        self._blobs = {algorithm: self._folder(f"blobs/{algorithm}") for algorithm in ALGORITHMS}
+        self._meta = {algorithm: self._folder(f"meta/{algorithm}") for algorithm in ALGORITHMS}
+
+    @classmethod
+    def open(cls, path: Path) -> Layout:
+        """The directory at ``path``, made if it is missing, locked and swept; raises ``DirectoryUnusable``."""
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _OPEN)
+        except OSError as error:
+            reason = "it is a symbolic link; name the real directory" if path.is_symlink() else error.strerror
+            raise DirectoryUnusable(f"cache.directory: {path} cannot be used: {reason}") from error
+        lock = -1
+        try:
+            _check_root(path, os.fstat(root))
+            lock = os.open("lock", os.O_RDWR | os.O_CREAT | _OPEN, 0o600, dir_fd=root)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            layout = cls(path, root, lock)
+        except OSError as error:
+            for descriptor in (root, lock):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                raise DirectoryUnusable(
+                    f"cache.directory: {path} is in use by another pullcache; stop that one, or use another directory"
+                ) from error
+            raise DirectoryUnusable(f"cache.directory: {path} cannot be used: {error}") from error
+        except DirectoryUnusable:
+            os.close(root)
+            raise
+        layout._sweep()
+        layout._describe()
+        return layout
+
+    def close(self) -> None:
+        """Gives the directory up."""
+        for descriptor in (
+            self.ingest,
+            self._quarantine,
+            *self._blobs.values(),
+            *self._meta.values(),
+            self._root,
+            self._lock,
+        ):
+            os.close(descriptor)
+
+    def has_room(self) -> bool:
+        """Whether the disk has space, and files, left for saving more."""
+        try:
+            disk = os.fstatvfs(self._root)
+        except OSError:
+            return False
+        return disk.f_bavail >= disk.f_blocks * MIN_FREE and (disk.f_files == 0 or disk.f_favail > 0)
+
+    def spool(self) -> SpoolFile:
+        """A new, empty file in ``ingest/``; raises ``OSError``."""
+        name = f"{os.getpid()}-{next(self._serial)}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN
+        return SpoolFile(self, name, os.open(name, flags, 0o600, dir_fd=self.ingest))
+
+    def open_blob(self, digest: Digest, size: int) -> int | None:
+        """A descriptor of the content, or None where there is none.
+
+        What is there but is not a file of our own of that size (a symbolic or hard link, a device, a truncated file) goes
+        into quarantine: raises ``FileNotFoundError``.
+        """
+        folder = self._blobs[digest.algorithm]
+        descriptor = -1
+        try:
+            descriptor = os.open(digest.hex, os.O_RDONLY | os.O_NONBLOCK | _OPEN, dir_fd=folder)
+            found = os.fstat(descriptor)
+            if (
+                stat.S_ISREG(found.st_mode)
+                and found.st_size == size
+                and found.st_nlink == 1
+                and found.st_uid == os.geteuid()
+            ):
+                return descriptor
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+        if descriptor >= 0:
+            os.close(descriptor)
+        self._set_aside(digest)
+        raise FileNotFoundError(errno.ENOENT, "not a file of ours, moved into quarantine", digest.hex)
+
+    def remove(self, digest: Digest) -> None:
+        """Removes content and what is written beside it; that it is missing is no error."""
+        for folder, name in ((self._blobs, digest.hex), (self._meta, f"{digest.hex}.json")):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder[digest.algorithm])
+
+    def contents(self) -> Iterator[tuple[Digest, int]]:
+        """Digest and size of every file under ``blobs/`` that has a digest for a name."""
+        for algorithm, folder in self._blobs.items():
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    try:
+                        digest = parse_digest(f"{algorithm}:{entry.name}")
+                    except RegistryError:
+                        continue  # not ours: left alone, never served
+                    yield digest, entry.stat(follow_symlinks=False).st_size
+
+    def write_meta(self, digest: Digest, document: dict[str, Any]) -> None:
+        """Replaces what is written beside a manifest; raises ``OSError``."""
+        spool = self.spool()
+        try:
+            os.write(spool.descriptor, json.dumps(document, indent=1).encode())
+            os.fsync(spool.descriptor)
+            os.rename(spool.name, f"{digest.hex}.json", src_dir_fd=self.ingest, dst_dir_fd=self._meta[digest.algorithm])
+            spool._named = False
+        finally:
+            spool.close()
+
+    def read_meta(self, digest: Digest) -> dict[str, Any] | None:
+        """What is written beside a manifest, or None if nothing readable is."""
+        try:
+            descriptor = os.open(f"{digest.hex}.json", os.O_RDONLY | _OPEN, dir_fd=self._meta[digest.algorithm])
+            with open(descriptor, encoding="utf-8") as file:
+                document = json.load(file)
+        except (OSError, ValueError):
+            return None
+        return document if isinstance(document, dict) else None
+
+    def set_aside(self, name: str) -> None:
+        """Moves a file of the directory itself (the catalog) into quarantine."""
+        os.rename(name, f"{name}-{self._stamp()}", src_dir_fd=self._root, dst_dir_fd=self._quarantine)
+
+    def _folder(self, relative: str) -> int:
+        current = os.dup(self._root)
+        for part in relative.split("/"):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(part, 0o700, dir_fd=current)
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | _OPEN, dir_fd=current)
+            os.close(current)
+            current = inner
+        return current
+
+    def _sweep(self) -> None:
+        """Removes what a crash left in the making: no such file is ever needed again."""
+        with os.scandir(self.ingest) as entries:
+            for entry in entries:
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.name, dir_fd=self.ingest)
+
+    def _describe(self) -> None:
+        for name, document in (
+            ("oci-layout", {"imageLayoutVersion": "1.0.0"}),
+            ("index.json", {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": []}),
+        ):
+            try:
+                os.stat(name, dir_fd=self._root, follow_symlinks=False)
+            except FileNotFoundError:
+                spool = self.spool()
+                try:
+                    os.write(spool.descriptor, json.dumps(document).encode())
+                    os.rename(spool.name, name, src_dir_fd=self.ingest, dst_dir_fd=self._root)
+                    spool._named = False
+                finally:
+                    spool.close()
+
+    def _place(self, spool: SpoolFile, digest: Digest) -> None:
+        folder = self._blobs[digest.algorithm]
+        os.fsync(spool.descriptor)
+        try:
+            os.rename(spool.name, digest.hex, src_dir_fd=self.ingest, dst_dir_fd=folder)
+        except (IsADirectoryError, FileExistsError, NotADirectoryError):
+            self._set_aside(digest)
+            os.rename(spool.name, digest.hex, src_dir_fd=self.ingest, dst_dir_fd=folder)
+        os.fsync(folder)
+
+    def _set_aside(self, digest: Digest) -> None:
+        log.warning("%s is not a file of ours, or not of its size: moved into quarantine", digest)
+        target = f"{digest.algorithm}-{digest.hex}-{self._stamp()}"
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(digest.hex, target, src_dir_fd=self._blobs[digest.algorithm], dst_dir_fd=self._quarantine)
+
+    def _stamp(self) -> str:
+        return f"{os.getpid()}-{next(self._serial)}-{os.urandom(4).hex()}"
+
+
+def _check_root(path: Path, found: os.stat_result) -> None:
+    if found.st_uid != os.geteuid():
+        raise DirectoryUnusable(f"cache.directory: {path} belongs to another user (uid {found.st_uid}); chown it")
+    if found.st_mode & 0o022:
+        raise DirectoryUnusable(f"cache.directory: {path} is writable for others; chmod 700 it")
+    kind = _file_system(path)
+    if kind in _NETWORK:
+        raise DirectoryUnusable(
+            f"cache.directory: {path} is on a network file system ({kind}), where the catalog is not safe; use a local disk"
+        )
+
+
+def _file_system(path: Path) -> str:
+    """The type of the file system that ``path`` is on; empty where the system does not tell."""
+    best, kind = "", ""
+    try:
+        real = str(path.resolve())
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+            for line in mounts:
+                before, _, after = line.partition(" - ")
+                mount = before.split()[4]
+                if (real == mount or real.startswith(mount.rstrip("/") + "/")) and len(mount) >= len(best):
+                    best, kind = mount, after.split()[0]
+    except OSError:
+        pass
+    return kind

@@ -1,0 +1,263 @@
+"""One cache directory: the files and the catalog together.
+
+Content is *held* once its file is complete, hashed, synced, on its final name, and in the catalog, in that order. A
+crash between these steps leaves either a spool, which the next start removes, or a file without a record, which the
+next start enters. Files are the truth; the catalog is found again from them.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+from proxy.errors import RegistryError, UpstreamUnavailable
+from proxy.manifests import Manifest, ManifestInvalid, parse_manifest
+from proxy.metrics import Metrics
+from proxy.names import Digest, Repository, Tag, parse_repository, parse_tag
+from proxy.storage.base import StoredBlob
+from proxy.storage.catalog import Catalog, Tagged
+from proxy.storage.layout import Layout, SpoolFile
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Store:
+    """Content by digest, and what is known of it. Errors of disk and database end here: reading what cannot be read is
+    a miss, and what cannot be saved is not saved."""
+
+    def __init__(self, layout: Layout, catalog: Catalog, metrics: Metrics) -> None:
+        self._layout = layout
+        self._catalog = catalog
+        self._metrics = metrics
+
+    @classmethod
+    def open(cls, directory: Path, metrics: Metrics) -> Store:
+        """Opens the directory and makes catalog and files agree; raises ``DirectoryUnusable``, ``CatalogTooNew``."""
+        layout = Layout.open(directory)
+        try:
+            path = layout.path / "cache.db"
+            try:
+                catalog = Catalog.open(path)
+            except sqlite3.DatabaseError as error:
+                log.warning("the catalog cannot be read (%s): it is set aside and found again from the files", error)
+                for name in ("cache.db", "cache.db-wal", "cache.db-shm"):
+                    if (layout.path / name).exists():
+                        layout.set_aside(name)
+                catalog = Catalog.open(path)
+        except BaseException:
+            layout.close()
+            raise
+        store = cls(layout, catalog, metrics)
+        store._reconcile()
+        return store
+
+    def close(self) -> None:
+        """Commits what is pending and gives the directory up."""
+        self._catalog.close()
+        self._layout.close()
+
+    # -- reading: inline, microseconds -------------------------------------------------------------------------------
+
+    def open_blob(self, digest: Digest) -> StoredBlob | None:
+        """The content if it is held. The caller closes it."""
+        try:
+            entry = self._catalog.blob(digest)
+            if entry is None:
+                return None
+            try:
+                descriptor = self._layout.open_blob(digest, entry[0])
+            except FileNotFoundError:
+                self._metrics.quarantined.inc()
+                descriptor = None
+            if descriptor is None:
+                self._catalog.remove(digest)
+                return None
+            return StoredBlob(digest, descriptor, entry[0])
+        except OSError as error:
+            raise UpstreamUnavailable(f"pullcache cannot open more files: {os.strerror(error.errno or 0)}") from error
+        except sqlite3.Error:
+            log.exception("the catalog cannot be read")
+            return None
+
+    def has(self, digest: Digest) -> bool:
+        """Whether the content is held."""
+        return self._read(lambda: self._catalog.blob(digest)) is not None
+
+    def manifest(self, digest: Digest) -> tuple[bytes, str] | None:
+        """Bytes and media type of a manifest that is held."""
+        entry = self._read(lambda: self._catalog.blob(digest))
+        if entry is None or entry[1] is None or (blob := self.open_blob(digest)) is None:
+            return None
+        try:
+            body = os.pread(blob.descriptor, blob.size, 0)
+        except OSError:
+            return None
+        finally:
+            blob.close()
+        # The whole is in memory anyway, so rot is seen here and not at the client.
+        return (body, entry[1]) if digest.matches(body) else None
+
+    def size_of(self, digest: Digest) -> int | None:
+        """The size as held manifests state it."""
+        return self._read(lambda: self._catalog.stated_size(digest))
+
+    def is_linked(self, upstream: str, repository: Repository, digest: Digest) -> bool:
+        """Whether it was proved that ``digest`` is in that repository."""
+        return bool(self._read(lambda: self._catalog.is_linked(upstream, repository, digest)))
+
+    def tagged(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> Tagged | None:
+        """Where the tag pointed last."""
+        return self._read(lambda: self._catalog.tag(upstream, repository, tag, accept))
+
+    # -- writing: blocking, to be called in a thread -----------------------------------------------------------------
+
+    def spool(self) -> SpoolFile | None:
+        """A file for a download, or None when the disk should take no more."""
+        if not self._layout.has_room():
+            return None
+        try:
+            return self._layout.spool()
+        except OSError as error:
+            log.warning("nothing can be saved: %s", error)
+            return None
+
+    def adopt(self, spool: SpoolFile, digest: Digest, size: int, upstream: str, repository: Repository) -> None:
+        """Holds a finished, verified download from now on; raises ``OSError`` or ``sqlite3.Error`` when it cannot."""
+        spool.adopt(digest)
+        link = self._catalog.link(upstream, repository, digest)
+        self._catalog.add(digest, size).result()
+        link.result()
+
+    def put_manifest(self, upstream: str, repository: Repository, digest: Digest, body: bytes, manifest: Manifest) -> bool:
+        """Holds a verified manifest and its link from now on. False when the disk did not take it."""
+        spool = self.spool()
+        if spool is None:
+            self._metrics.unsaved.inc()
+            return False
+        try:
+            try:
+                write_all(spool.descriptor, body)
+                spool.adopt(digest)
+            finally:
+                spool.close()
+            added = self._catalog.add(digest, len(body), manifest)
+            self._catalog.link(upstream, repository, digest).result()
+            added.result()
+            self._write_meta(digest, manifest.media_type)
+            return True
+        except (OSError, sqlite3.Error) as error:
+            log.warning("%s was not saved: %s", digest, error)
+            self._metrics.unsaved.inc()
+            return False
+
+    def set_tag(self, upstream: str, repository: Repository, tag: Tag, accept: str, digest: Digest, checked: float) -> None:
+        """Remembers where the upstream says that the tag points."""
+        before = self.tagged(upstream, repository, tag, accept)
+        if self._wait(self._catalog.set_tag(upstream, repository, tag, accept, digest, checked)):
+            entry = self._read(lambda: self._catalog.blob(digest))
+            if entry and entry[1] and (before is None or before.digest != digest):
+                try:
+                    self._write_meta(digest, entry[1])
+                except OSError as error:
+                    log.warning("the tag of %s is in the catalog only: %s", digest, error)
+
+    def forget_tag(self, upstream: str, repository: Repository, tag: Tag) -> None:
+        """Forgets a tag that its upstream no longer has."""
+        self._wait(self._catalog.forget_tag(upstream, repository, tag))
+
+    def link(self, upstream: str, repository: Repository, digest: Digest) -> None:
+        """Remembers that the upstream has ``digest`` in that repository."""
+        self._wait(self._catalog.link(upstream, repository, digest))
+
+    def _wait(self, future: Future[None]) -> bool:
+        try:
+            future.result()
+        except sqlite3.Error as error:
+            log.warning("the catalog was not written: %s", error)
+            return False
+        return True
+
+    def _read(self, query: Callable[[], T]) -> T | None:
+        try:
+            return query()
+        except sqlite3.Error:
+            log.exception("the catalog cannot be read")
+            return None
+
+    def _write_meta(self, digest: Digest, media_type: str) -> None:
+        links, tags = self._catalog.provenance(digest)
+        self._layout.write_meta(
+            digest,
+            {
+                "mediaType": media_type,
+                "links": [{"upstream": upstream, "repository": repository} for upstream, repository in links],
+                "tags": [
+                    {"upstream": upstream, "repository": repository, "tag": tag, "accept": accept, "checked": checked}
+                    for upstream, repository, tag, accept, checked in tags
+                ],
+            },
+        )
+
+    def _reconcile(self) -> None:
+        """Makes the catalog say what the files are."""
+        known = self._catalog.digests()
+        pending: list[Future[None]] = []
+        for digest, size in self._layout.contents():
+            if known.pop(digest, None) is None:
+                pending += self._recover(digest, size)
+        pending += [self._catalog.remove(digest) for digest in known]
+        for future in pending:
+            self._wait(future)
+
+    def _recover(self, digest: Digest, size: int) -> list[Future[None]]:
+        """Enters a file without a record. Without notes beside it nothing is known of who may read it: its first reader
+        in each repository costs one question upstream."""
+        meta = self._layout.read_meta(digest)
+        manifest = None
+        if meta is not None:
+            try:
+                descriptor = self._layout.open_blob(digest, size)
+                if descriptor is not None:
+                    with open(descriptor, "rb") as file:
+                        body = file.read()
+                    manifest = parse_manifest(body, str(meta.get("mediaType"))) if digest.matches(body) else None
+            except (OSError, ManifestInvalid):
+                manifest = None
+        if meta is None or manifest is None:
+            return [self._catalog.add(digest, size)]
+        pending = [self._catalog.add(digest, size, manifest)]
+        try:
+            for link in meta["links"]:
+                pending.append(self._catalog.link(str(link["upstream"]), parse_repository(link["repository"]), digest))
+            for tag in meta["tags"]:
+                pending.append(
+                    self._catalog.set_tag(
+                        str(tag["upstream"]),
+                        parse_repository(tag["repository"]),
+                        parse_tag(tag["tag"]),
+                        str(tag["accept"]),
+                        digest,
+                        float(tag["checked"]),
+                    )
+                )
+        except (KeyError, TypeError, ValueError, RegistryError):
+            log.warning("the notes beside %s cannot be read", digest)
+        return pending
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Writes all of ``data``; raises ``OSError``."""
+    view = memoryview(data)
+    while view:
+        written = os.write(descriptor, view)
+        if written == 0:
+            raise OSError(errno.EIO, "nothing was written")
+        view = view[written:]

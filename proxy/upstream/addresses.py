@@ -1,0 +1,63 @@
+"""Where an upstream may connect to: public addresses, and what its ``allowAddresses`` lists.
+
+Checked on the address of each new connection, after name resolution, so no name, redirect, realm or odd spelling of an
+address leads inside (T05, T06).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Callable, Iterable, Sequence
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
+class AddressRefused(OSError):
+    """The address is not public, and not listed."""
+
+
+def effective(address: Address) -> Address:
+    """The IPv4 address that an IPv6 address leads to, if it is one of the kinds that do."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return address.ipv4_mapped
+        if address.sixtofour is not None:
+            return address.sixtofour
+        if address.teredo is not None:
+            return address.teredo[1]
+        if address in _NAT64:
+            return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address
+
+
+def is_allowed(address: Address, allowed: Iterable[Network]) -> bool:
+    """Whether a connection to ``address`` may be made."""
+    real = effective(address)
+    if any(
+        candidate in network for candidate in {address, real} for network in allowed if candidate.version == network.version
+    ):
+        return True
+    return all(a.is_global and not a.is_multicast and not a.is_reserved for a in {address, real})
+
+
+AddressInfo = tuple[int, int, int, str, tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]]
+
+
+def socket_factory(allowed: Sequence[Network], refused: Callable[[], None]) -> Callable[[AddressInfo], socket.socket]:
+    """Makes the sockets of one upstream; ``refused`` is called for each address that gets none."""
+
+    def make(info: AddressInfo) -> socket.socket:
+        family, kind, protocol, _, target = info
+        address = ipaddress.ip_address(str(target[0]).partition("%")[0])
+        if not is_allowed(address, allowed):
+            refused()
+            raise AddressRefused(f"{address} is not a public address and not in allowAddresses")
+        made = socket.socket(family, kind, protocol)
+        made.setblocking(False)
+        return made
+
+    return make

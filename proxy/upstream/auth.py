@@ -1,0 +1,127 @@
+"""Tokens of one upstream: from its challenge to the ``Authorization`` header that answers it.
+
+All state is in one object a registry: nothing of one upstream can reach another (pulp_container, CVE-2026-103868). A
+challenge decides nothing by itself: its realm must be at the upstream's own origin or at a host listed in its
+``tokenHosts``, and the scope is ours, this repository and pull only (T01, T02, T09).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from cachetools import TLRUCache, TTLCache
+from yarl import URL
+
+from proxy.errors import RegistryError, UpstreamBroken
+from proxy.names import Repository
+from proxy.once import Once
+from proxy.upstream.challenge import Bearer
+
+_PRINTABLE = re.compile(r"[\x21-\x7e]{1,16384}", re.ASCII)
+_PLAIN_SCOPE = re.compile(r"[a-z]{1,32}", re.ASCII)
+_LIFE_DEFAULT = 60.0  # distribution spec/auth/token.md: "defaults to 60 seconds"
+_LIFE_MAX = 3600.0
+_LIFE_USED = 0.8
+_FAILURE_REMEMBERED = 60.0
+
+
+class RealmRefused(UpstreamBroken):
+    """The challenge names a token server that this upstream may not use."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    value: str
+    seconds: float
+
+
+Key = tuple[str, str, tuple[str, ...]]
+Ask = Callable[[URL], Awaitable[bytes]]
+"""Fetches a token answer; raises ``RegistryError``."""
+
+
+def check_realm(realm: str, endpoint: URL, token_hosts: Sequence[str]) -> URL:
+    """The token server's address, if this upstream may use it; raises ``RealmRefused``.
+
+    One function for every time a challenge is answered: https unless the endpoint itself is plain, no user information,
+    no fragment, and the endpoint's own origin or a listed host.
+    """
+    try:
+        url = URL(realm)
+        host = url.host
+    except ValueError as error:
+        raise RealmRefused("the realm of its challenge is not an address") from error
+    if len(realm) > 2048 or not realm.isascii() or not host or url.scheme not in ("https", "http"):
+        raise RealmRefused("the realm of its challenge is not an http address")
+    if url.user is not None or url.password is not None or url.fragment:
+        raise RealmRefused("the realm of its challenge holds user information or a fragment")
+    if url.scheme == "http" and endpoint.scheme == "https":
+        raise RealmRefused(f"the realm of its challenge is at http://{host}, and the registry is on https")
+    own = url.origin() == endpoint.origin()
+    authority = host if url.port == url.with_port(None).port else f"{host}:{url.port}"
+    if not own and authority not in token_hosts:
+        raise RealmRefused(f"its challenge names the token server {authority}; if you trust that, list it in tokenHosts")
+    return url
+
+
+class Tokens:
+    """The tokens of one upstream, for as long as they live."""
+
+    def __init__(self, timer: Callable[[], float]) -> None:
+        self._tokens: TLRUCache[Key, _Token] = TLRUCache(4096, ttu=lambda _, token, now: now + token.seconds, timer=timer)
+        self._failures: TTLCache[Key, RegistryError] = TTLCache(4096, _FAILURE_REMEMBERED, timer=timer)
+        self._bearers: TTLCache[tuple[str, Repository], Bearer] = TTLCache(4096, 24 * 3600, timer=timer)
+        self._once: Once[Key, str] = Once()
+
+    def expected(self, endpoint: URL, repository: Repository) -> Bearer | None:
+        """The challenge that this repository made before: answering it unasked saves a request."""
+        return self._bearers.get((str(endpoint), repository))
+
+    def expect(self, endpoint: URL, repository: Repository, bearer: Bearer) -> None:
+        """Remembers the challenge of a repository."""
+        self._bearers[(str(endpoint), repository)] = bearer
+
+    async def get(self, realm: URL, bearer: Bearer, repository: Repository, ask: Ask) -> str:
+        """A token for pulling from ``repository``; raises ``RegistryError``. A failure is the answer for a minute."""
+        scope = (f"repository:{repository}:pull", *(s for s in bearer.scope if _PLAIN_SCOPE.fullmatch(s)))
+        key = (str(realm), bearer.service, scope)
+        if token := self._tokens.get(key):
+            return token.value
+        if failure := self._failures.get(key):
+            raise failure
+
+        async def fetch() -> str:
+            query = [("service", bearer.service)] if bearer.service else []
+            try:
+                token = parse_token(await ask(realm.extend_query([*query, *(("scope", item) for item in scope)])))
+            except RegistryError as error:
+                self._failures[key] = error
+                raise
+            self._tokens[key] = token
+            return token.value
+
+        return await self._once.run(key, fetch)
+
+    def drop(self, value: str) -> None:
+        """Forgets a token that the registry did not accept."""
+        for key, token in list(self._tokens.items()):
+            if token.value == value:
+                self._tokens.pop(key, None)
+
+
+def parse_token(body: bytes) -> _Token:
+    """The token in a token server's answer; raises ``UpstreamBroken``. Its life is clamped to a minute up to an hour."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise UpstreamBroken("its token server did not answer with JSON") from error
+    value = (document.get("token") or document.get("access_token")) if isinstance(document, dict) else None
+    if not isinstance(value, str) or not _PRINTABLE.fullmatch(value):
+        raise UpstreamBroken("its token server gave no usable token")
+    life = document.get("expires_in")
+    if isinstance(life, bool) or not isinstance(life, (int, float)):
+        life = _LIFE_DEFAULT
+    return _Token(value, min(max(float(life), _LIFE_DEFAULT), _LIFE_MAX) * _LIFE_USED)

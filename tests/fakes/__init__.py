@@ -1,0 +1,1 @@
+"""Servers and clients on loopback for black-box tests: real sockets, scripted behaviour, complete records."""

@@ -1,0 +1,265 @@
+"""Pulls of a real image by skopeo and containerd, through pullcache, from a real registry."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from . import image as real_image
+from .image import RealImage
+from .services import (
+    COMMAND_SECONDS,
+    REPOSITORY,
+    Containerd,
+    DockerRegistry,
+    Pullcache,
+    missing,
+    pullcache_config,
+    skopeo_pull,
+    skopeo_pull_command,
+    wait_until,
+)
+
+UPSTREAM = "registry.test"
+NAME = "debian/real"
+TAG = real_image.TAG
+IMAGE_CACHE = REPOSITORY / ".cache" / "real-image"
+
+_no_skopeo = missing("docker-registry", "skopeo")
+_no_ctr = missing("docker-registry", "skopeo", "containerd", "ctr", root=True)
+needs_skopeo = pytest.mark.skipif(_no_skopeo is not None, reason=str(_no_skopeo))
+needs_ctr = pytest.mark.skipif(_no_ctr is not None, reason=str(_no_ctr))
+
+
+@pytest.fixture(scope="session")
+def image() -> RealImage:
+    """The image, made on first use."""
+    reason = real_image.missing(IMAGE_CACHE)
+    if reason is not None:
+        pytest.skip(reason)
+    return real_image.build(IMAGE_CACHE)
+
+
+@pytest.fixture(scope="session")
+def data(image: RealImage) -> Iterator[Path]:
+    """The data of a registry to which the image was pushed."""
+    with tempfile.TemporaryDirectory(prefix="upstream-") as name:
+        with DockerRegistry(Path(name)) as registry:
+            registry.push(image.layout, f"{NAME}:{TAG}")
+        yield registry.data
+
+
+@pytest.fixture
+def room() -> Iterator[Path]:
+    """A directory that is gone after the test: pulled images are large."""
+    with tempfile.TemporaryDirectory(prefix="real-") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def upstream(room: Path, data: Path) -> Iterator[DockerRegistry]:
+    """The registry that has the image, with an empty access log."""
+    with DockerRegistry(room / "upstream", data) as registry:
+        yield registry
+
+
+@pytest.fixture
+def pullcache(room: Path, upstream: DockerRegistry) -> Iterator[Pullcache]:
+    """pullcache with an empty cache, in front of that registry."""
+    config = pullcache_config(room / "cache", UPSTREAM, upstream.url)
+    with Pullcache(config, root=room / "pullcache") as server:
+        yield server
+        print(server.log[-4000:])  # pytest shows it when the test failed
+
+
+def reference(image: RealImage, how: str) -> str:
+    """The image by tag or by digest."""
+    return f"{NAME}:{TAG}" if how == "tag" else f"{NAME}@{image.index}"
+
+
+def known_without_upstream(how: str) -> tuple[str, ...]:
+    """What can be asked for afterwards: a tag is only known to a cache that was asked for it."""
+    return ("tag", "digest") if how == "tag" else ("digest",)
+
+
+def once(digests: Iterable[str]) -> Counter[str]:
+    """Each of these, one time."""
+    return Counter(set(digests))
+
+
+def assert_hashes(paths: dict[str, Path]) -> None:
+    """Every file has the content that its digest says."""
+    for digest, path in paths.items():
+        with path.open("rb") as file:
+            assert f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}" == digest
+
+
+def assert_layout(layout: Path, image: RealImage) -> None:
+    """An OCI layout holds the image, all of it and nothing else, byte for byte."""
+    pulled = real_image.read(layout)
+    assert pulled.index == image.index
+    assert pulled.manifests == image.manifests
+    assert pulled.contents == image.contents
+    files = {f"sha256:{path.name}": path for path in (layout / "blobs" / "sha256").iterdir()}
+    assert files.keys() == image.everything
+    assert_hashes(files)
+
+
+def assert_content(containerd: Containerd, image: RealImage, platform: str) -> None:
+    """containerd holds one platform of the image, and nothing else, byte for byte."""
+    assert containerd.content() == {digest: image.sizes[digest] for digest in image.of(platform)}
+    assert_hashes({digest: containerd.content_path(digest) for digest in image.of(platform)})
+
+
+def skopeo_pulls(host: str, name: str, image: RealImage, room: Path) -> None:
+    """One pull of all platforms by skopeo, looked at and thrown away."""
+    with tempfile.TemporaryDirectory(dir=room) as target:
+        skopeo_pull(f"{host}/{name}", Path(target))
+        assert_layout(Path(target), image)
+
+
+def ctr_pulls(mirror: str, name: str, image: RealImage, platform: str, room: Path, unpack: bool = True) -> None:
+    """One pull of one platform by a containerd that has nothing yet."""
+    with tempfile.TemporaryDirectory(dir=room) as home, Containerd(Path(home)) as containerd:
+        containerd.hosts_toml(UPSTREAM, mirror)
+        if unpack:
+            containerd.pull(f"{UPSTREAM}/{name}", platform=platform)
+        else:
+            containerd.fetch(f"{UPSTREAM}/{name}", platform=platform)
+        assert containerd.images() == {f"{UPSTREAM}/{name}": image.index}
+        assert_content(containerd, image, platform)
+
+
+@needs_skopeo
+@pytest.mark.parametrize("how", ["tag", "digest"])
+def test_skopeo_without_pullcache(upstream: DockerRegistry, image: RealImage, room: Path, how: str) -> None:
+    """What the tests below compare with: the registry alone."""
+    skopeo_pulls(upstream.host, reference(image, how), image, room)
+    assert upstream.wait_for_blobs(image.blobs) == once(image.blobs)
+
+
+@needs_ctr
+@pytest.mark.parametrize("how", ["tag", "digest"])
+def test_ctr_without_pullcache(upstream: DockerRegistry, image: RealImage, room: Path, how: str) -> None:
+    """What the tests below compare with: the registry alone, as its own mirror."""
+    wanted = frozenset(image.contents["linux/amd64"])
+    ctr_pulls(upstream.url, reference(image, how), image, "linux/amd64", room)
+    assert upstream.wait_for_blobs(wanted) == once(wanted)
+
+
+@needs_skopeo
+@pytest.mark.parametrize("how", ["tag", "digest"])
+def test_skopeo_cold_warm_and_without_upstream(
+    upstream: DockerRegistry, pullcache: Pullcache, image: RealImage, room: Path, how: str
+) -> None:
+    """All platforms: each blob is asked for once, whatever comes after, even with no registry at all."""
+    name = reference(image, how)
+    skopeo_pulls(pullcache.host, f"{UPSTREAM}/{name}", image, room)
+    assert upstream.wait_for_blobs(image.blobs) == once(image.blobs)
+    asked = upstream.manifests()
+    assert [asked[digest] for digest in image.manifests.values()] == [1, 1]
+
+    upstream.forget()
+    skopeo_pulls(pullcache.host, f"{UPSTREAM}/{name}", image, room)
+    skopeo_pulls(pullcache.host, name, image, room)
+    assert not upstream.blobs()
+
+    upstream.stop()
+    for known in known_without_upstream(how):
+        skopeo_pulls(pullcache.host, f"{UPSTREAM}/{reference(image, known)}", image, room)
+    assert not upstream.blobs()
+
+
+@needs_ctr
+@pytest.mark.parametrize(("how", "platform"), [("tag", "linux/amd64"), ("digest", "linux/amd64"), ("tag", "linux/arm64")])
+def test_ctr_cold_warm_and_without_upstream(
+    upstream: DockerRegistry, pullcache: Pullcache, image: RealImage, room: Path, how: str, platform: str
+) -> None:
+    """One platform, through ``hosts.toml``: its blobs are asked for once, and no others."""
+    name = reference(image, how)
+    wanted = frozenset(image.contents[platform])
+    ctr_pulls(pullcache.url, name, image, platform, room)
+    assert upstream.wait_for_blobs(wanted) == once(wanted)
+
+    upstream.forget()
+    ctr_pulls(pullcache.url, name, image, platform, room, unpack=False)
+    assert not upstream.blobs()
+
+    upstream.stop()
+    for known in known_without_upstream(how):
+        ctr_pulls(pullcache.url, reference(image, known), image, platform, room, unpack=False)
+    assert not upstream.blobs()
+
+
+@needs_ctr
+def test_one_client_warms_the_cache_for_another(
+    upstream: DockerRegistry, pullcache: Pullcache, image: RealImage, room: Path
+) -> None:
+    """What containerd pulled by ``?ns=`` is not fetched again for skopeo, which asks by path."""
+    ctr_pulls(pullcache.url, reference(image, "tag"), image, "linux/amd64", room, unpack=False)
+    skopeo_pulls(pullcache.host, f"{UPSTREAM}/{reference(image, 'tag')}", image, room)
+    assert upstream.wait_for_blobs(image.blobs) == once(image.blobs)
+
+
+@needs_skopeo
+def test_cold_pulls_at_the_same_time(upstream: DockerRegistry, pullcache: Pullcache, image: RealImage, room: Path) -> None:
+    """Three clients at once, all cold: still one download of each blob."""
+    targets = [room / f"pulled-{number}" for number in range(3)]
+    source = f"{pullcache.host}/{UPSTREAM}/{reference(image, 'tag')}"
+    clients = [start_skopeo_pull(source, target) for target in targets]
+    said = [client.communicate(timeout=COMMAND_SECONDS)[0] for client in clients]
+    assert [client.returncode for client in clients] == [0, 0, 0], said
+    for target in targets:
+        assert_layout(target, image)
+    assert upstream.wait_for_blobs(image.blobs) == once(image.blobs)
+
+
+@needs_skopeo
+def test_restart_keeps_the_cache(upstream: DockerRegistry, pullcache: Pullcache, image: RealImage, room: Path) -> None:
+    """After a clean stop and a start, with no registry to ask."""
+    skopeo_pulls(pullcache.host, f"{UPSTREAM}/{reference(image, 'tag')}", image, room)
+    upstream.stop()
+    assert pullcache.stop() == 0
+    pullcache.start()
+    for how in ("tag", "digest"):
+        skopeo_pulls(pullcache.host, f"{UPSTREAM}/{reference(image, how)}", image, room)
+
+
+@needs_skopeo
+def test_killed_during_a_pull(upstream: DockerRegistry, pullcache: Pullcache, image: RealImage, room: Path) -> None:
+    """What a killed process leaves behind is never served as a blob."""
+    source = f"{pullcache.host}/{UPSTREAM}/{reference(image, 'tag')}"
+    client = start_skopeo_pull(source, room / "broken")
+    try:
+        wait_until(lambda: size_of(room / "cache") > 10_000_000, "the cache holds a part of the image")
+        pullcache.kill()
+    finally:
+        client.kill()
+        client.communicate()
+    pullcache.start()
+    skopeo_pulls(pullcache.host, f"{UPSTREAM}/{reference(image, 'tag')}", image, room)
+    upstream.stop()
+    skopeo_pulls(pullcache.host, f"{UPSTREAM}/{reference(image, 'tag')}", image, room)
+
+
+def start_skopeo_pull(source: str, target: Path) -> subprocess.Popen[str]:
+    """``skopeo_pull`` in the background."""
+    command = skopeo_pull_command(source, target)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def size_of(directory: Path) -> int:
+    """The bytes in the files of a directory that is being written to."""
+    total = 0
+    for path in directory.rglob("*"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:
+            continue
+    return total
