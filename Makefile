@@ -5,6 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 LISTEN ?= 127.0.0.1:5000
 ARGS   ?=
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
 
 .PHONY: help run test check faults clean
 help:
@@ -33,13 +34,13 @@ faults: $(VENV)/.test
 $(VENV)/bin/python:
 	@sh tools/make-venv.sh $(PYTHON) $(VENV)
 
-$(VENV)/.run: $(VENV)/bin/python requirements.lock pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+$(VENV)/.run: $(VENV)/bin/python requirements.lock requirements-build.lock pyproject.toml
+	$(INSTALL) --require-hashes --only-binary :all: -r requirements.lock -r requirements-build.lock
+	$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run requirements-test.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements-test.lock
+	$(INSTALL) --require-hashes --only-binary :all: -r requirements-test.lock
 	@touch $@
 
 clean:

@@ -10,7 +10,7 @@ import difflib
 import ipaddress
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -271,8 +271,8 @@ def keys() -> set[str]:
     return {field.alias or name for model in _models() for name, field in model.model_fields.items()}
 
 
-async def load(path: Path) -> Config:
-    """The configuration in the file ``path``; raises ``ConfigError`` with every fault found."""
+async def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The configuration in the file ``path``, with ``overrides`` over it; raises ``ConfigError`` with every fault found."""
     try:
         async with aiofiles.open(path, encoding="utf-8") as file:
             text = await file.read()
@@ -284,7 +284,7 @@ async def load(path: Path) -> Config:
         raise ConfigError([f"{path}: not YAML: {' '.join(str(error).split())}"]) from error
     faults: list[str] = []
     expanded = await _expand({} if raw is None else raw, "", faults)
-    return validate(expanded, faults)
+    return validate(_merge(expanded, overrides or {}), faults)
 
 
 def validate(raw: object, faults: list[str] | None = None) -> Config:
@@ -297,6 +297,16 @@ def validate(raw: object, faults: list[str] | None = None) -> Config:
     if faults:
         raise ConfigError(faults)
     return config
+
+
+def _merge(under: object, over: Mapping[str, Any]) -> object:
+    """``under`` with the keys of ``over``, level by level; what is not a mapping is left for validation to refuse."""
+    if not isinstance(under, dict):
+        return under
+    merged = dict(under)
+    for key, value in over.items():
+        merged[key] = _merge(under.get(key, {}), value) if isinstance(value, Mapping) else value
+    return merged
 
 
 def _explain(item: Any) -> str:

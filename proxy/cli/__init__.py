@@ -35,32 +35,21 @@ def check_config(file: Path) -> None:
 @click.option("--cache-directory", metavar="DIR", help="Overrides 'cache.directory'.")
 def serve(file: Path | None, listen: str | None, admin: str | None, cache_directory: str | None) -> None:
     """Serves the cache until it is told to stop (SIGTERM, Ctrl-C)."""
-    config = _load(file)
     overrides: dict[str, object] = {key: value for key, value in (("listen", listen), ("admin", admin)) if value}
     if cache_directory:
-        overrides["cache"] = {"directory": cache_directory, "maxBlobSize": config.cache.max_blob_size}
-    if overrides:
-        given = config.model_dump(by_alias=True)
-        try:
-            config = validate(given | overrides)
-        except ConfigError as error:
-            _refuse(error)
+        overrides["cache"] = {"directory": cache_directory}
+    config = _load(file, overrides)
     from proxy.cli.serve import run  # aiohttp takes longer to import than all the rest
 
     sys.exit(run(config))
 
 
-def _load(file: Path | None) -> Config:
+def _load(file: Path | None, overrides: dict[str, object] | None = None) -> Config:
     try:
-        return asyncio.run(load(file)) if file else validate({})
+        return asyncio.run(load(file, overrides)) if file else validate(overrides or {})
     except ConfigError as error:
-        _refuse(error)
-        raise AssertionError from error
-
-
-def _refuse(error: ConfigError) -> None:
-    for fault in error.faults:
-        click.echo(fault, err=True)
-    count = len(error.faults)
-    click.echo(f"the configuration has {count} fault{'s' if count > 1 else ''}; nothing was started", err=True)
-    sys.exit(2)
+        for fault in error.faults:
+            click.echo(fault, err=True)
+        count = len(error.faults)
+        click.echo(f"the configuration has {count} fault{'s' if count > 1 else ''}; nothing was started", err=True)
+        sys.exit(2)
