@@ -57,10 +57,10 @@ async def build(config: Config) -> AsyncIterator[Cache]:
         stack.callback(threads.close)
         store = Store.open(config.cache.directory, metrics)
         stack.callback(store.close)
-        upstreams = {settings.name: Upstream(settings, metrics, instance) for settings in config.upstreams}
-        for upstream in upstreams.values():
-            await upstream.start()
-            stack.push_async_callback(upstream.close)
+        upstreams = {}
+        for settings in config.upstreams:
+            upstreams[settings.name] = Upstream(settings, metrics, instance)
+            stack.push_async_callback(upstreams[settings.name].close)
         fetcher = Fetcher(store, threads, metrics, config.cache.max_blob_size)
         stack.push_async_callback(fetcher.close)
         pull = Pull(upstreams, store, fetcher, threads, metrics)

@@ -1,0 +1,191 @@
+"""Requests of one upstream: connections, redirects, challenges.
+
+Redirects are followed by hand: each hop is a new request with headers of its own, and ``Authorization`` goes to the
+endpoint's own origin only, never again once the request has left it (T04).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+
+import aiohttp
+from prometheus_client import Counter
+from yarl import URL
+
+from proxy import __version__
+from proxy.config import UpstreamConfig
+from proxy.errors import Denied, RegistryError, TooManyRequests, UpstreamBroken, UpstreamUnavailable
+from proxy.metrics import Metrics
+from proxy.names import Repository
+from proxy.upstream.addresses import socket_factory
+from proxy.upstream.auth import RealmRefused, Tokens, check_realm
+from proxy.upstream.challenge import Bearer, find_bearer
+from proxy.upstream.reply import ANONYMOUS, Dropped, Reply, Where, foreign_errors
+from proxy.upstream.resolver import Resolver
+
+_MAX_HOPS = 5
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_MAX_TOKEN = 64 * 1024
+_MAX_FIELD = 32 * 1024
+_READ_BUFFER = 256 * 1024
+_CONNECTIONS = 64
+_RESET_DELAYS = (0.0, 0.05, 0.2)  # a connection that is dropped before its answer is tried again
+
+
+class Exchange:
+    """The session and the tokens of one upstream, shared with no other."""
+
+    def __init__(self, config: UpstreamConfig, metrics: Metrics, instance: str) -> None:
+        self._config = config
+        self._metrics = metrics
+        self._instance = instance
+        loop = asyncio.get_running_loop()
+        self._tokens = Tokens(loop.time)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                ssl=_context(config),
+                resolver=Resolver(config.timeouts.connect),
+                socket_factory=socket_factory(config.allow_addresses, self._refused("address").inc),
+                limit=_CONNECTIONS,
+                ttl_dns_cache=10,
+            ),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=config.timeouts.connect),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            trust_env=False,
+            requote_redirect_url=False,
+            read_bufsize=_READ_BUFFER,
+            max_line_size=_MAX_FIELD,
+            max_field_size=_MAX_FIELD,
+        )
+        if config.insecure_skip_verify:
+            metrics.insecure.labels(config.name).set(1)
+
+    async def close(self) -> None:
+        """Drops every connection."""
+        await self._session.close()
+
+    async def ask(
+        self, method: str, where: Where, path: str, repository: Repository, headers: dict[str, str], via: str
+    ) -> Reply:
+        """The answer to a request, redirects followed and challenge answered; raises ``RegistryError``.
+
+        One fresh token for one refusal: a registry that goes on refusing has answered.
+        """
+        headers = headers | {"Via": f"{via}, 1.1 {self._instance}" if via else f"1.1 {self._instance}"}
+        token = None
+        if bearer := self._tokens.expected(where.endpoint, repository):
+            token = await self._token(where, repository, bearer)
+        reply = await self._follow(method, where, path, headers, token)
+        if reply.status != 401 or not reply.is_own:
+            return reply
+        bearer = find_bearer(reply.headers.getall("WWW-Authenticate", []))
+        if bearer is None:
+            return reply
+        reply.close()
+        if token:
+            self._tokens.drop(token)
+        fresh = await self._token(where, repository, bearer)
+        reply = await self._follow(method, where, path, headers, fresh)
+        if reply.status != 401:
+            self._tokens.expect(where.endpoint, repository, bearer)
+        return reply
+
+    async def _token(self, where: Where, repository: Repository, bearer: Bearer) -> str:
+        """A token for that challenge. Token requests are never redirected, and carry nothing of the client's."""
+        try:
+            realm = check_realm(bearer.realm, where.endpoint, self._config.token_hosts)
+        except RealmRefused as error:
+            self._refused("realm").inc()
+            raise UpstreamBroken(f"{where} cannot be asked: {error}") from error
+
+        async def fetch(url: URL) -> bytes:
+            try:
+                async with asyncio.timeout(self._config.timeouts.token):
+                    reply = await self._hop("GET", url, {}, where)
+                    try:
+                        return await self._token_body(reply)
+                    finally:
+                        reply.close()
+            except TimeoutError as error:
+                raise UpstreamUnavailable(f"the token server of {where} did not answer in time") from error
+
+        return await self._tokens.get(realm, bearer, repository, fetch)
+
+    async def _token_body(self, reply: Reply) -> bytes:
+        if reply.status == 200:
+            return await reply.body(_MAX_TOKEN)
+        text = f"the token server of {reply.where} answered {reply.status}"
+        if reply.status in (401, 403):  # ghcr.io: so says a private repository
+            raise Denied(f"{text}; {ANONYMOUS}")
+        if reply.status == 429:
+            raise TooManyRequests(f"{text}; its rate limit is used up")
+        if reply.status in _REDIRECTS:
+            self._refused("redirect").inc()
+        raise UpstreamBroken(text)
+
+    async def _follow(self, method: str, where: Where, path: str, headers: dict[str, str], token: str | None) -> Reply:
+        endpoint = where.endpoint
+        url = URL(f"{str(endpoint).rstrip('/')}{path}", encoded=True)
+        own = True
+        for _ in range(_MAX_HOPS + 1):
+            own = own and url.origin() == endpoint.origin()
+            authorization = {"Authorization": f"Bearer {token}"} if token and own else {}
+            reply = await self._hop(method, url, headers | authorization, where)
+            if reply.status not in _REDIRECTS:
+                return reply
+            reply.close()
+            url = self._next(url, reply.headers.get("Location", ""), where)
+        self._refused("redirect").inc()
+        raise UpstreamBroken(f"{where} redirects more than {_MAX_HOPS} times")
+
+    def _next(self, url: URL, location: str, where: Where) -> URL:
+        endpoint = where.endpoint
+        try:
+            target = url.join(URL(location, encoded=True))
+            usable = bool(location) and bool(target.host) and target.user is None and target.password is None
+        except ValueError:
+            usable = False
+        if not usable or target.scheme not in ("http", "https") or (target.scheme, endpoint.scheme) == ("http", "https"):
+            self._refused("redirect").inc()
+            raise UpstreamBroken(f"{where} redirects to what is no address on {endpoint.scheme}; this is not followed")
+        return target.with_fragment(None)
+
+    async def _hop(self, method: str, url: URL, headers: dict[str, str], where: Where) -> Reply:
+        """One request, one answer. A connection dropped before its answer is tried again: GET and HEAD change nothing."""
+        plain = {"User-Agent": f"pullcache/{__version__}", "Accept-Encoding": "identity"}
+        for remaining, delay in zip(reversed(range(len(_RESET_DELAYS))), _RESET_DELAYS, strict=True):
+            await asyncio.sleep(delay)
+            try:
+                with foreign_errors(where):
+                    response = await self._session.request(method, url, headers=plain | headers, allow_redirects=False)
+            except RegistryError as error:
+                self._count(method, "error")
+                if remaining and isinstance(error, Dropped):
+                    continue
+                raise
+            self._count(method, f"{response.status // 100}xx")
+            return Reply(response, where)
+        raise AssertionError("the last attempt answers or raises")
+
+    def _count(self, method: str, status: str) -> None:
+        self._metrics.upstream_requests.labels(self._config.name, method, status).inc()
+
+    def _refused(self, what: str) -> Counter:
+        return self._metrics.refused.labels(self._config.name, what)
+
+
+def _context(config: UpstreamConfig) -> ssl.SSLContext:
+    """Raises ``OSError`` for a ``caFile`` that cannot be used."""
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if config.ca_file:
+        try:
+            context.load_verify_locations(config.ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise OSError(f"upstream {config.name}: caFile {config.ca_file} cannot be used: {error}") from error
+    if config.insecure_skip_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context

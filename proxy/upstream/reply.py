@@ -1,0 +1,209 @@
+"""One answer of a registry: what it holds, what it means, and how it is read.
+
+Foreign exceptions of a request become ours on this page; every text names the upstream, what it said, and what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import aiohttp
+from yarl import URL
+
+from proxy.errors import (
+    Denied,
+    RangeInvalid,
+    RegistryError,
+    TooManyRequests,
+    UpstreamBroken,
+    UpstreamFailing,
+    UpstreamUnavailable,
+)
+from proxy.logs import printable
+from proxy.names import Digest, parse_digest
+
+_MAX_ERROR = 64 * 1024
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
+_RETRY_AFTER = re.compile(r"\d{1,6}|[A-Za-z]{3}, \d\d [A-Za-z]{3} \d{4} \d\d:\d\d:\d\d GMT", re.ASCII)
+ANONYMOUS = "the repository is private or does not exist, and this cache asks anonymously"
+
+
+class Dropped(UpstreamUnavailable):
+    """The connection ended before an answer began."""
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Whom a request goes to, and whom an error message is about."""
+
+    name: str
+    endpoint: URL
+
+    def __str__(self) -> str:
+        host = self.endpoint.host_port_subcomponent
+        return self.name if host == self.name else f"{self.name} ({host})"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a 206 says that it brings: the first byte's place, and the size of the whole if it is told."""
+
+    start: int
+    total: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What the body of an error said, and whether a registry said it."""
+
+    text: str
+    is_registry: bool
+
+
+class Reply:
+    """An answer whose headers are here. Whoever gets it closes it."""
+
+    def __init__(self, response: aiohttp.ClientResponse, where: Where) -> None:
+        self._response = response
+        self._broken: RegistryError | None = None
+        self.where = where
+        self.status = response.status
+        self.headers = response.headers
+        self.length = _number(response.headers.get("Content-Length", ""))
+        self.content_type = response.headers.get("Content-Type", "")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the endpoint itself answered, not a host that it redirected to."""
+        return self._response.url.origin() == self.where.endpoint.origin()
+
+    @property
+    def digest(self) -> Digest | None:
+        """``Docker-Content-Digest``: what the upstream says, which proves nothing."""
+        try:
+            return parse_digest(self.headers.get("Docker-Content-Digest", ""))
+        except RegistryError:
+            return None
+
+    @property
+    def part(self) -> Part | None:
+        """``Content-Range``, where it can be understood."""
+        found = _CONTENT_RANGE.fullmatch(self.headers.get("Content-Range", ""))
+        return Part(int(found[1]), None if found[3] == "*" else int(found[3])) if found else None
+
+    async def read(self) -> bytes:
+        """Some more bytes of the body; empty at a clean end."""
+        if self._broken is not None:
+            raise self._broken
+        content = self._response.content
+        try:
+            with foreign_errors(self.where):
+                return await content.readany()
+        except UpstreamFailing as error:
+            # What arrived before the break is good as far as it goes: a re-open asks from the first byte not received.
+            content.set_exception(None)  # type: ignore[arg-type]
+            data, self._broken = content.read_nowait(), error
+            if not data:
+                raise
+            return data
+
+    async def body(self, limit: int) -> bytes:
+        """The whole body; raises ``UpstreamBroken`` when it is larger than ``limit``, or not as long as announced."""
+        if (self.length or 0) > limit:
+            raise UpstreamBroken(f"{self.where} announces {self.length} bytes where at most {limit} are taken")
+        body = bytearray()
+        while data := await self.read():
+            body += data
+            if len(body) > limit:
+                raise UpstreamBroken(f"{self.where} sends more than {limit} bytes where no more are taken")
+        if self.length is not None and self.length != len(body):
+            raise UpstreamBroken(f"{self.where} sent {len(body)} bytes and had announced {self.length}")
+        return bytes(body)
+
+    def close(self) -> None:
+        """Gives the connection back, or drops it where more would come."""
+        content = self._response.content
+        if content.at_eof() and content.exception() is None and self._broken is None:
+            self._response.release()
+        else:
+            self._response.close()
+
+    async def check(self, unknown: RegistryError) -> None:
+        """Passes an answer that holds content; raises what any other one means, ``unknown`` for a 404."""
+        where, status = self.where, self.status
+        if status in (200, 206):
+            encoding = self.headers.get("Content-Encoding", "identity").strip().lower()
+            if encoding not in ("", "identity"):
+                raise UpstreamBroken(
+                    f"{where} sent content in the coding {printable(encoding, 32)}; digests are of plain bytes"
+                )
+            return
+        said = await self._said()
+        text = f"{where} answered {status}{f': {said.text}' if said.text else ''}"
+        if status == 404:
+            unknown.message += f" ({said.text})" if said.text else ""
+            raise unknown
+        if status in (401, 403) and self.is_own and said.is_registry:
+            raise Denied(f"{text}; {ANONYMOUS}")
+        if status == 416:
+            raise RangeInvalid(text)
+        if status == 429:
+            after = self.headers.get("Retry-After", "")
+            raise TooManyRequests(
+                f"{text}; its rate limit is used up",
+                headers={"Retry-After": after} if _RETRY_AFTER.fullmatch(after) else {},
+            )
+        if status in (401, 403):
+            raise UpstreamBroken(f"{text}, which is no registry's refusal; is a firewall or a login page in between?")
+        raise UpstreamBroken(text)
+
+    async def _said(self) -> _Said:
+        kind = self.content_type.partition(";")[0].strip().lower()
+        is_json = kind == "application/json" or kind.endswith("+json")
+        if self._response.method == "HEAD":  # without a body the headers have to tell
+            return _Said("", is_json or (self.status == 401 and "WWW-Authenticate" in self.headers))
+        if not is_json:
+            return _Said("", False)
+        try:
+            first = json.loads(await self.body(_MAX_ERROR))["errors"][0]
+            code, message = str(first["code"]), str(first.get("message") or "")
+        except (RegistryError, ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
+            return _Said("", False)
+        return _Said(printable(f"{code} {message}".strip(), 256), code in ("UNAUTHORIZED", "DENIED") or self.status == 401)
+
+
+@contextmanager
+def foreign_errors(where: Where) -> Iterator[None]:
+    """aiohttp's exceptions become ours."""
+    try:
+        yield
+    except aiohttp.ClientConnectorCertificateError as error:
+        reason = getattr(error.certificate_error, "verify_message", "") or "not valid"
+        raise UpstreamUnavailable(
+            f"the TLS certificate of {where} is not accepted: {reason}; give its CA as caFile"
+        ) from error
+    except aiohttp.ClientSSLError as error:
+        raise UpstreamUnavailable(f"TLS with {where} failed; TLS 1.2 is the least that is spoken") from error
+    except aiohttp.ClientConnectorDNSError as error:
+        raise UpstreamUnavailable(f"the name of {where}, or of where it redirects to, cannot be resolved") from error
+    except aiohttp.ClientConnectorError as error:
+        cause = error.os_error
+        reason = "connection refused" if cause.errno == errno.ECONNREFUSED else printable(str(cause))
+        raise UpstreamUnavailable(f"{where} cannot be reached: {reason}") from error
+    except aiohttp.ServerTimeoutError as error:
+        raise UpstreamUnavailable(f"{where} cannot be reached: no connection in time") from error
+    except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+        raise Dropped(f"{where} dropped the connection") from error
+    except aiohttp.ClientPayloadError as error:
+        raise UpstreamUnavailable(f"{where} broke off in the middle of the content") from error
+    except (aiohttp.ClientError, ValueError) as error:
+        raise UpstreamBroken(f"{where} sent what is not valid HTTP") from error
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
