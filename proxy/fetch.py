@@ -192,7 +192,7 @@ class Fetcher:
         self._limit = limit
         self._fills: dict[Digest, Fill] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._failed: TTLCache[Digest, str] = TTLCache(4096, _REMEMBERED)
+        self._failed: TTLCache[tuple[Digest, Origin], str] = TTLCache(4096, _REMEMBERED)
 
     def origin(self, digest: Digest) -> Origin | None:
         """Where a download in flight comes from, if there is one."""
@@ -208,7 +208,7 @@ class Fetcher:
         comes back for the rest of content whose download has just failed is refused, so that it goes on elsewhere; one
         that begins anew is not.
         """
-        if start > 0 and (reason := self._failed.get(digest)) is not None:
+        if start > 0 and (reason := self._failed.get((digest, origin))) is not None:
             raise UpstreamBroken(f"the download failed a moment ago: {reason}")
         fill = self._fills.get(digest)
         if fill is not None and fill.spool.serves(start):
@@ -270,7 +270,7 @@ class Fetcher:
     def _remember(self, fill: Fill, error: RegistryError) -> None:
         if fill.spool.announced or isinstance(error, Mismatch):
             log.warning("the download of %s failed: %s", fill.spool.digest, error)
-            self._failed[fill.spool.digest] = str(error)
+            self._failed[fill.spool.digest, fill.origin] = str(error)
         if isinstance(error, Mismatch):
             self._metrics.mismatches.labels(fill.origin[0]).inc()
 

@@ -168,7 +168,7 @@ class Pull:
             try:
                 head = await upstream.head_manifest(target.repository, tag, accept.sent, target.via)
             except ManifestUnknown:
-                await self._threads.run(self._store.forget_tag, target.upstream, target.repository, tag)
+                await self._threads.run(self._store.forget_tag, target.upstream, target.repository, tag, accept.key)
                 raise
             if head.digest is None or head.size is None:
                 held = await self._get(target, tag, accept)
@@ -185,7 +185,7 @@ class Pull:
         async def get() -> _Held:
             answer = await upstream.get_manifest(target.repository, reference, accept.sent, target.via)
             try:
-                manifest = parse_manifest(answer.body, answer.content_type)
+                manifest = await self._threads.run(parse_manifest, answer.body, answer.content_type)
             except ManifestInvalid as error:
                 raise self._mismatch(target, f"sent what cannot be used as manifest {reference}: {error}") from error
             if isinstance(reference, Digest):
@@ -238,7 +238,7 @@ class Pull:
             digest,
             origin,
             source,
-            size=self._store.size_of(digest),
+            size=self._store.size_of(*origin, digest),
             start=start,
             floor=upstream.config.timeouts.progress,
         )
@@ -254,7 +254,7 @@ class Pull:
         await self._may_read(target, digest)
         if (stored := self._store.open_blob(digest)) is not None:
             return Answer(digest, stored.size, BLOB_TYPE, "hit", stored)
-        size = self._store.size_of(digest)
+        size = self._store.size_of(target.upstream, target.repository, digest)
         if size is not None and self._store.is_linked(target.upstream, target.repository, digest):
             return Answer(digest, size, BLOB_TYPE, "hit", None)
         size = await self._upstreams[target.upstream].head_blob(target.repository, digest, target.via)

@@ -55,7 +55,7 @@ def headers_of(answer: Answer) -> dict[str, str]:
     else:
         headers["Cache-Control"] = "public, max-age=31536000, immutable"
     if answer.warning is not None:
-        text = answer.warning.replace("\\", "\\\\").replace('"', '\\"')
+        text = answer.warning.encode("ascii", "replace").decode().replace("\\", "\\\\").replace('"', '\\"')
         headers["Warning"] = f'299 - "{text}"'
     return headers
 

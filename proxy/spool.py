@@ -22,7 +22,6 @@ from collections.abc import AsyncIterator
 from proxy.names import Digest
 from proxy.storage.base import FileSpan, Piece
 from proxy.storage.layout import SpoolFile
-from proxy.storage.store import write_all
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ class Spool:
         if self._file is None or not self._saving:
             return False
         try:
-            write_all(self._file.descriptor, data)
+            self._file.write(data)
         except OSError as error:
             log.warning("%s is passed through and not saved: %s", self.digest, error)
             return False
@@ -122,7 +121,7 @@ class Spool:
 
     def serves(self, start: int) -> bool:
         """Whether a reader that begins at ``start`` can still be served."""
-        return self.failure is None and (self._saving or start <= self._saved or start >= self._window_start)
+        return self.failure is None and (self._saving or self._window_start <= max(start, self._saved))
 
     def attach(self, start: int) -> SpoolReader:
         """A reader that will begin at ``start``."""

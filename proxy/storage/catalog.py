@@ -96,9 +96,14 @@ class Catalog:
         row = self._reader.execute("SELECT size, media_type FROM blobs WHERE digest = ?", (str(digest),)).fetchone()
         return (row[0], row[1]) if row else None
 
-    def stated_size(self, digest: Digest) -> int | None:
-        """The size that a held manifest states for ``digest``, if all that name it agree."""
-        rows = self._reader.execute("SELECT DISTINCT size FROM children WHERE digest = ?", (str(digest),)).fetchall()
+    def stated_size(self, upstream: str, repository: Repository, digest: Digest) -> int | None:
+        """The size that a repository's manifests state for ``digest``, if all of them agree. What manifests of another
+        repository say counts for nothing here: one that lies must not spoil the content for others."""
+        rows = self._reader.execute(
+            "SELECT DISTINCT size FROM children JOIN links ON links.digest = children.parent "
+            "WHERE children.digest = ? AND upstream = ? AND repository = ?",
+            (str(digest), upstream, repository),
+        ).fetchall()
         return int(rows[0][0]) if len(rows) == 1 else None
 
     def is_linked(self, upstream: str, repository: Repository, digest: Digest) -> bool:
@@ -187,11 +192,13 @@ class Catalog:
 
         return self._submit(write)
 
-    def forget_tag(self, upstream: str, repository: Repository, tag: Tag) -> Future[None]:
-        """The upstream says that the tag is gone."""
-        row = (upstream, repository, tag)
+    def forget_tag(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> Future[None]:
+        """The upstream says that the tag is gone, for clients of that class of ``Accept``."""
+        row = (upstream, repository, tag, accept)
         return self._submit(
-            lambda connection: connection.execute("DELETE FROM tags WHERE upstream = ? AND repository = ? AND tag = ?", row)
+            lambda connection: connection.execute(
+                "DELETE FROM tags WHERE upstream = ? AND repository = ? AND tag = ? AND accept = ?", row
+            )
         )
 
     def _connect(self) -> sqlite3.Connection:

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 ALGORITHMS = ("sha256", "sha512")
 MIN_FREE = 0.05
 """Part of the disk that is left free; below it nothing more is saved."""
+_CHECK_ROOM = 64 * 1024 * 1024
 
 _NETWORK = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "fuse.sshfs", "fuse.glusterfs"}
@@ -54,6 +55,18 @@ class SpoolFile:
         self.name = name
         self.descriptor = descriptor
         self._named = True
+        self._unchecked = 0
+
+    def write(self, data: bytes) -> None:
+        """Writes all of ``data``; raises ``OSError``, also when the disk should take no more."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self.descriptor, view) :]
+        self._unchecked += len(data)
+        if self._unchecked >= _CHECK_ROOM:
+            self._unchecked = 0
+            if not self._layout.has_room():
+                raise OSError(errno.ENOSPC, "less than the part of the disk that is left free remains")
 
     def adopt(self, digest: Digest) -> None:
         """Puts the file in its place, for good; the caller has checked that it holds what ``digest`` names."""

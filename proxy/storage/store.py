@@ -7,7 +7,6 @@ next start enters. Files are the truth; the catalog is found again from them.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sqlite3
@@ -105,9 +104,9 @@ class Store:
         # The whole is in memory anyway, so rot is seen here and not at the client.
         return (body, entry[1]) if digest.matches(body) else None
 
-    def size_of(self, digest: Digest) -> int | None:
-        """The size as held manifests state it."""
-        return self._read(lambda: self._catalog.stated_size(digest))
+    def size_of(self, upstream: str, repository: Repository, digest: Digest) -> int | None:
+        """The size as held manifests of that repository state it."""
+        return self._read(lambda: self._catalog.stated_size(upstream, repository, digest))
 
     def is_linked(self, upstream: str, repository: Repository, digest: Digest) -> bool:
         """Whether it was proved that ``digest`` is in that repository."""
@@ -144,7 +143,7 @@ class Store:
             return False
         try:
             try:
-                write_all(spool.descriptor, body)
+                spool.write(body)
                 spool.adopt(digest)
             finally:
                 spool.close()
@@ -169,9 +168,9 @@ class Store:
                 except OSError as error:
                     log.warning("the tag of %s is in the catalog only: %s", digest, error)
 
-    def forget_tag(self, upstream: str, repository: Repository, tag: Tag) -> None:
-        """Forgets a tag that its upstream no longer has."""
-        self._wait(self._catalog.forget_tag(upstream, repository, tag))
+    def forget_tag(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> None:
+        """Forgets a tag that its upstream no longer has, for clients of that class of ``Accept``."""
+        self._wait(self._catalog.forget_tag(upstream, repository, tag, accept))
 
     def link(self, upstream: str, repository: Repository, digest: Digest) -> None:
         """Remembers that the upstream has ``digest`` in that repository."""
@@ -251,13 +250,3 @@ class Store:
         except (KeyError, TypeError, ValueError, RegistryError):
             log.warning("the notes beside %s cannot be read", digest)
         return pending
-
-
-def write_all(descriptor: int, data: bytes) -> None:
-    """Writes all of ``data``; raises ``OSError``."""
-    view = memoryview(data)
-    while view:
-        written = os.write(descriptor, view)
-        if written == 0:
-            raise OSError(errno.EIO, "nothing was written")
-        view = view[written:]

@@ -117,7 +117,7 @@ class Exchange:
         if reply.status == 200:
             return await reply.body(_MAX_TOKEN)
         text = f"the token server of {reply.where} answered {reply.status}"
-        if reply.status in (401, 403):  # ghcr.io: so says a private repository
+        if reply.status in (401, 403) and reply.is_json:  # ghcr.io says so of a private repository
             raise Denied(f"{text}; {ANONYMOUS}")
         if reply.status == 429:
             raise TooManyRequests(f"{text}; its rate limit is used up")

@@ -83,6 +83,12 @@ class Reply:
         return self._response.url.origin() == self.where.endpoint.origin()
 
     @property
+    def is_json(self) -> bool:
+        """Whether a program answered, not a page for people."""
+        kind = self.content_type.partition(";")[0].strip().lower()
+        return kind == "application/json" or kind.endswith("+json")
+
+    @property
     def digest(self) -> Digest | None:
         """``Docker-Content-Digest``: what the upstream says, which proves nothing."""
         try:
@@ -163,11 +169,9 @@ class Reply:
         raise UpstreamBroken(text)
 
     async def _said(self) -> _Said:
-        kind = self.content_type.partition(";")[0].strip().lower()
-        is_json = kind == "application/json" or kind.endswith("+json")
         if self._response.method == "HEAD":  # without a body the headers have to tell
-            return _Said("", is_json or (self.status == 401 and "WWW-Authenticate" in self.headers))
-        if not is_json:
+            return _Said("", self.is_json or (self.status == 401 and "WWW-Authenticate" in self.headers))
+        if not self.is_json:
             return _Said("", False)
         try:
             first = json.loads(await self.body(_MAX_ERROR))["errors"][0]
