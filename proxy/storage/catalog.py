@@ -166,15 +166,6 @@ class Catalog:
         row = (upstream, repository, str(digest))
         return self._submit(lambda connection: connection.execute("INSERT OR IGNORE INTO links VALUES (?, ?, ?)", row))
 
-    def unlink(self, upstream: str, repository: Repository, digest: Digest) -> Future[None]:
-        """The upstream says that ``digest`` is not in that repository."""
-        row = (upstream, repository, str(digest))
-        return self._submit(
-            lambda connection: connection.execute(
-                "DELETE FROM links WHERE upstream = ? AND repository = ? AND digest = ?", row
-            )
-        )
-
     def set_tag(
         self, upstream: str, repository: Repository, tag: Tag, accept: str, digest: Digest, checked: float
     ) -> Future[None]:

@@ -183,12 +183,6 @@ class Layout:
         self._set_aside(digest)
         raise FileNotFoundError(errno.ENOENT, "not a file of ours, moved into quarantine", digest.hex)
 
-    def remove(self, digest: Digest) -> None:
-        """Removes content and what is written beside it; that it is missing is no error."""
-        for folder, name in ((self._blobs, digest.hex), (self._meta, f"{digest.hex}.json")):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=folder[digest.algorithm])
-
     def contents(self) -> Iterator[tuple[Digest, int]]:
         """Digest and size of every file under ``blobs/`` that has a digest for a name."""
         for algorithm, folder in self._blobs.items():
