@@ -10,7 +10,7 @@ import difflib
 import ipaddress
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -93,11 +93,11 @@ def parse_address(value: object) -> object:
 
 def _endpoint(value: str) -> str:
     try:
-        url = urlsplit(value)
-        port_is_valid = url.port is None or 0 < url.port < 65536
+        url = urlsplit(value)  # which drops line breaks without a word
+        port_is_valid = value.isprintable() and (url.port is None or 0 < url.port < 65536)
     except ValueError:
         port_is_valid = False
-    if not port_is_valid or url.scheme not in ("http", "https") or not url.hostname:
+    if not port_is_valid or url.scheme not in ("http", "https") or not is_host(url.netloc.rpartition("@")[2]):
         raise ValueError("not an endpoint; write for example https://registry-1.docker.io")
     if url.username is not None or url.password is not None or url.query or url.fragment:
         raise ValueError("an endpoint is scheme, host, port and path only; credentials do not belong into it")
@@ -110,17 +110,33 @@ def _upstream_name(value: str) -> str:
     return canonical_host(value)
 
 
+def _token_host(value: str) -> str:
+    if not is_host(value):
+        raise ValueError("not a host; write for example auth.corp or auth.corp:5001, without a scheme")
+    return value.lower()
+
+
 def _path_prefix(value: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", value, re.ASCII):
         raise ValueError("not a path prefix; one component of a-z 0-9 . _ -")
     return value
 
 
+def parse_network(value: object) -> object:
+    """A network in CIDR notation; one address is a network of its own."""
+    try:
+        return ipaddress.ip_network(str(value))
+    except ValueError as error:
+        raise ValueError(f"not a network; write for example 10.0.0.0/8 ({error})") from error
+
+
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, le=3600)]
 Quantity = Annotated[int, BeforeValidator(parse_quantity)]
+TokenHost = Annotated[str, AfterValidator(_token_host)]
 Listener = Annotated[Address, BeforeValidator(parse_address)]
 Endpoint = Annotated[str, AfterValidator(_endpoint)]
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+AnyNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+Network = Annotated[AnyNetwork, BeforeValidator(parse_network)]
 
 
 class _Section(BaseModel):
@@ -149,7 +165,7 @@ class UpstreamConfig(_Section):
     endpoints: list[Endpoint] = Field(default_factory=list)
     ca_file: Path | None = None
     insecure_skip_verify: bool = False
-    token_hosts: list[str] = Field(default_factory=list)
+    token_hosts: list[TokenHost] = Field(default_factory=list)
     allow_addresses: list[Network] = Field(default_factory=list)
     timeouts: Timeouts = Timeouts()
 
@@ -200,8 +216,9 @@ PUBLIC_REGISTRIES: dict[str, tuple[str, list[str]]] = {
 
 
 def _default_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "pullcache"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "pullcache"
+    return Path("~/.cache/pullcache").expanduser()
 
 
 class CacheConfig(_Section):
@@ -223,32 +240,12 @@ class Config(_Section):
 
     listen: Listener = Address("127.0.0.1", 5000)
     admin: Listener = Address("127.0.0.1", 5001)
-    cache: CacheConfig = CacheConfig()
+    cache: CacheConfig = Field(default_factory=CacheConfig)
     default_upstream: str | None = None
     upstreams: list[UpstreamConfig] = Field(
         default_factory=lambda: [UpstreamConfig.model_validate({"name": name}) for name in PUBLIC_REGISTRIES], min_length=1
     )
     log: LogConfig = LogConfig()
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        faults = []
-        owner: dict[str, str] = {}
-        for upstream in self.upstreams:
-            for form in {upstream.name, upstream.prefix}:
-                if form in owner:
-                    faults.append(
-                        f"upstreams: '{form}' means both {owner[form]} and {upstream.name}; change name or pathPrefix"
-                    )
-                owner[form] = upstream.name
-        names = [upstream.name for upstream in self.upstreams]
-        if self.default_upstream is not None and canonical_host(self.default_upstream) not in names:
-            faults.append(f"defaultUpstream: '{self.default_upstream}' is not among the upstreams ({', '.join(names)})")
-        if self.listen == self.admin and self.listen.port:
-            faults.append("admin: the same address as listen; give it a port of its own")
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
 
     @property
     def default_name(self) -> str | None:
@@ -276,20 +273,22 @@ async def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config
     try:
         async with aiofiles.open(path, encoding="utf-8") as file:
             text = await file.read()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError([f"{path}: cannot be read: {error}"]) from error
+    faults: list[str] = []
     try:
         raw = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+        expanded = await _expand({} if raw is None else raw, "", faults)
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError([f"{path}: not YAML: {' '.join(str(error).split())}"]) from error
-    faults: list[str] = []
-    expanded = await _expand({} if raw is None else raw, "", faults)
+    except RecursionError as error:
+        raise ConfigError([f"{path}: nested too deep, or within itself"]) from error
     return validate(_merge(expanded, overrides or {}), faults)
 
 
 def validate(raw: object, faults: list[str] | None = None) -> Config:
     """The configuration that ``raw`` (parsed YAML) holds; ``faults`` are those found before."""
-    faults = list(faults or [])
+    faults = [*(faults or []), *_clashes(raw)]
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
@@ -297,6 +296,30 @@ def validate(raw: object, faults: list[str] | None = None) -> Config:
     if faults:
         raise ConfigError(faults)
     return config
+
+
+def _clashes(raw: object) -> list[str]:
+    """What is wrong between keys; looked for before each key is known to be right, so that no fault hides another."""
+    given = raw if isinstance(raw, dict) else {}
+    faults: list[str] = []
+    listed = given.get("upstreams", [{"name": name} for name in PUBLIC_REGISTRIES])
+    owner: dict[str, str] = {}
+    for upstream in listed if isinstance(listed, list) else []:
+        if not isinstance(upstream, dict) or not isinstance(name := upstream.get("name"), str):
+            continue
+        name = canonical_host(name)
+        for form in {name, str(upstream.get("pathPrefix") or name.replace(":", "_"))}:
+            if form in owner:
+                faults.append(f"upstreams: '{form}' means both {owner[form]} and {name}; change name or pathPrefix")
+            owner[form] = name
+    names = list(dict.fromkeys(owner.values()))
+    default = given.get("defaultUpstream")
+    if isinstance(default, str) and canonical_host(default) not in names:
+        faults.append(f"defaultUpstream: '{default}' is not among the upstreams ({', '.join(names)})")
+    admin = given.get("admin", "127.0.0.1:5001")
+    if given.get("listen", "127.0.0.1:5000") == admin and not str(admin).endswith(":0"):
+        faults.append("admin: the same address as listen; give it a port of its own")
+    return faults
 
 
 def _merge(under: object, over: Mapping[str, Any]) -> object:
@@ -327,6 +350,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[object] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node)
+            if not isinstance(key, Hashable):
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: a key must be a text")
             if key in seen:
                 raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key '{key}' stands twice")
             seen.add(key)
@@ -365,6 +390,6 @@ async def _read(path: object, where: str, faults: list[str]) -> object:
     try:
         async with aiofiles.open(str(path), encoding="utf-8") as file:
             return (await file.read()).rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         faults.append(f"{where}: cannot be read: {error}")
         return None

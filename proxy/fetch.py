@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sqlite3
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from typing import Protocol
@@ -261,7 +260,7 @@ class Fetcher:
             return False
         try:
             await self._threads.run(self._store.adopt, file, fill.spool.digest, fill.spool.received, *fill.origin)
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             log.warning("%s was served but not saved: %s", fill.spool.digest, error)
             self._metrics.unsaved.inc()
             return False

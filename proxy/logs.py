@@ -16,8 +16,8 @@ from typing import Literal, TextIO
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
-_QUERY = re.compile(r"(?<=[\w/.\-:])\?[^\s'\"<>)]+")
-_USERINFO = re.compile(r"(?<=://)[^/\s'\"@]+@")
+_QUERY = re.compile(r"""\?[^\s"<>]*[^\s"<>'),.;:]""")
+_USERINFO = re.compile(r"""(?<=://)[^/\s"<>]*@""")
 _CREDENTIAL = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]+", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 

@@ -27,6 +27,8 @@ GENERIC = frozenset({"", "application/json", "text/plain", "application/octet-st
 MAX_BYTES = 8 * 1024 * 1024
 """Larger manifests are refused; containerd takes 4,393,216 bytes, the OCI spec asks for at least 4 MiB."""
 
+_KEYS = {key.lower(): key for key in ("schemaVersion", "mediaType", "manifests", "config", "layers", "fsLayers")}
+
 _MAX_ELEMENTS = 250_000
 """Commas and brackets: bounds the time that parsing holds the interpreter."""
 
@@ -58,6 +60,8 @@ def parse_manifest(body: bytes, content_type: str) -> Manifest:
     refused.
     """
     document = _parse_json(body)
+    if any(key.lower() in _KEYS and key not in _KEYS.values() for key in document):
+        raise ManifestInvalid("a key in it is written in another case, which some clients read as the real one")
     if document.get("schemaVersion") != 2:
         raise ManifestInvalid("its schemaVersion is not 2 (schema 1 images are not supported; rebuild and push the image)")
     is_index = "manifests" in document
@@ -74,7 +78,7 @@ def _parse_json(body: bytes) -> dict[str, Any]:
     if sum(body.count(mark) for mark in (b",", b"[", b"{")) > _MAX_ELEMENTS:
         raise ManifestInvalid("it has too many elements")
     try:
-        document = json.loads(body, object_pairs_hook=_unique)
+        document = json.loads(body.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ManifestInvalid(f"it is not JSON: {type(error).__name__}") from error
     if not isinstance(document, dict):
@@ -105,7 +109,9 @@ def _media_type(document: dict[str, Any], content_type: str, is_index: bool) -> 
 
 
 def _list(document: dict[str, Any], key: str) -> list[Any]:
-    value = document.get(key, [])
+    value = document.get(key)
+    if value is None:  # Go writes null for an empty list
+        return []
     if not isinstance(value, list):
         raise ManifestInvalid(f"its '{key}' is not a list")
     return value

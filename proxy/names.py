@@ -30,7 +30,7 @@ _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*", re.ASCII)
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", re.ASCII)
 _LABEL = r"(?:[A-Za-z0-9]|[A-Za-z0-9][A-Za-z0-9-]{0,61}[A-Za-z0-9])"
-_HOST = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9A-Fa-f:]+\])(?::[0-9]{{1,5}})?", re.ASCII)
+_HOST = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{{1,5}})?", re.ASCII)
 _IMAGE_ID = re.compile(r"[a-f0-9]{64}", re.ASCII)
 _HEX = {"sha256": re.compile(r"[0-9a-f]{64}", re.ASCII), "sha512": re.compile(r"[0-9a-f]{128}", re.ASCII)}
 
@@ -115,7 +115,7 @@ def canonical_host(host: str) -> str:
 
 def qualify(host: str, repository: Repository) -> Repository:
     """On Docker Hub a name without ``/`` is an official image and lives under ``library/`` (N5)."""
-    return Repository(f"library/{repository}") if host == DOCKER_HUB and "/" not in repository else repository
+    return parse_repository(f"library/{repository}") if host == DOCKER_HUB and "/" not in repository else repository
 
 
 @dataclass(frozen=True, slots=True)

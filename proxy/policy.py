@@ -9,11 +9,6 @@ from proxy.errors import NameInvalid, NameUnknown
 from proxy.manifests import MODERN
 from proxy.names import Repository, canonical_host, is_host_like, parse_repository, qualify
 
-SCHEMA1 = (
-    "application/vnd.docker.distribution.manifest.v1+prettyjws",
-    "application/vnd.docker.distribution.manifest.v1+json",
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Routes:
@@ -46,6 +41,7 @@ def route(routes: Routes, namespaces: Sequence[str], name: str) -> Route:
         path = name
     else:
         first, slash, rest = name.partition("/")
+        first = canonical_host(first)
         if slash and first in routes.prefixes:
             upstream, path = routes.prefixes[first], rest
         elif is_host_like(first) or first in routes.prefixes:
@@ -70,12 +66,11 @@ class Accept:
 def classify_accept(lines: Sequence[str]) -> Accept:
     """The class of a client's ``Accept`` lines, all of them (Docker sends several, in random order).
 
-    Who takes anything, or all four modern types, or nothing that is known, is asked the modern types for: nobody gets
-    schema 1 who did not ask for it, since registries convert to it.
+    Who takes anything, or all four modern types, or nothing that is known, is asked the modern types for. Schema 1 is
+    never asked for: registries would convert to it, and it is not served.
     """
     wanted = {item.partition(";")[0].strip().lower() for line in lines for item in line.split(",")}
     modern = tuple(kind for kind in MODERN if kind in wanted)
-    old = tuple(kind for kind in SCHEMA1 if kind in wanted)
     if "*/*" in wanted or not modern or modern == MODERN:
-        return Accept(", ".join((*MODERN, *old)), "")
-    return Accept(", ".join((*modern, *old)), ",".join(modern))
+        return Accept(", ".join(MODERN), "")
+    return Accept(", ".join(modern), ",".join(modern))

@@ -27,13 +27,14 @@ CREATE TABLE children (
 ) WITHOUT ROWID;
 CREATE INDEX children_by_digest ON children (digest);
 CREATE TABLE links (
-  upstream TEXT NOT NULL, repository TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (digest, upstream, repository)
+  digest TEXT NOT NULL, upstream TEXT NOT NULL, repository TEXT NOT NULL, PRIMARY KEY (digest, upstream, repository)
 ) WITHOUT ROWID;
 CREATE TABLE tags (
   upstream TEXT NOT NULL, repository TEXT NOT NULL, tag TEXT NOT NULL, accept TEXT NOT NULL,
-  digest TEXT NOT NULL, checked REAL NOT NULL, PRIMARY KEY (upstream, repository, tag, accept, digest)
-) WITHOUT ROWID;
--- A tag may have two rows: where it points, and, until that manifest is held, where it pointed last that is held.
+  digest TEXT NOT NULL, checked REAL NOT NULL, UNIQUE (upstream, repository, tag, accept, digest)
+);
+-- A tag may have two rows: where it points, and, until that manifest is held, where it pointed last that is held. Their
+-- order is that of their row numbers: clocks go back.
 """
 
 
@@ -67,16 +68,20 @@ class Catalog:
         catalog = cls(path)
         try:
             connection = catalog._reader
-            connection.execute("PRAGMA journal_mode = WAL")
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
                 raise CatalogTooNew(
                     f"{path} was written by a later version of pullcache (schema {version}; this knows {SCHEMA_VERSION}); "
                     "use that version, or another directory"
                 )
+            connection.execute("PRAGMA journal_mode = WAL")
             if version == 0:
                 connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-            connection.execute("SELECT count(*) FROM blobs").fetchone()
+            found = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
+            if not found >= {"blobs", "children", "links", "tags"}:
+                raise sqlite3.DatabaseError("a table is missing")
+            if (verdict := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(verdict)
         except BaseException:
             catalog._reader.close()
             raise
@@ -120,7 +125,7 @@ class Catalog:
         """The held manifest that the tag pointed at last, for clients of that class of ``Accept``."""
         row = self._reader.execute(
             "SELECT digest, checked FROM tags JOIN blobs USING (digest) WHERE upstream = ? AND repository = ? AND tag = ? "
-            "AND accept = ? AND media_type IS NOT NULL ORDER BY checked DESC LIMIT 1",
+            "AND accept = ? AND media_type IS NOT NULL ORDER BY tags.rowid DESC LIMIT 1",
             (upstream, repository, tag, accept),
         ).fetchone()
         return Tagged(parse_digest(row[0]), row[1]) if row else None
@@ -128,6 +133,14 @@ class Catalog:
     def digests(self) -> dict[Digest, int]:
         """Digest and size of all that is held."""
         return {parse_digest(digest): size for digest, size in self._reader.execute("SELECT digest, size FROM blobs")}
+
+    def tagged_digests(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> list[Digest]:
+        """Every manifest that the tag has a row for."""
+        rows = self._reader.execute(
+            "SELECT digest FROM tags WHERE upstream = ? AND repository = ? AND tag = ? AND accept = ?",
+            (upstream, repository, tag, accept),
+        )
+        return [parse_digest(row[0]) for row in rows]
 
     def provenance(self, digest: Digest) -> tuple[list[tuple[str, str]], list[tuple[str, str, str, str, float]]]:
         """Links (upstream, repository) and tags (upstream, repository, tag, accept, checked) of a manifest."""
@@ -163,7 +176,7 @@ class Catalog:
 
     def link(self, upstream: str, repository: Repository, digest: Digest) -> Future[None]:
         """It was proved that ``digest`` is in that repository."""
-        row = (upstream, repository, str(digest))
+        row = (str(digest), upstream, repository)
         return self._submit(lambda connection: connection.execute("INSERT OR IGNORE INTO links VALUES (?, ?, ?)", row))
 
     def set_tag(
@@ -173,7 +186,7 @@ class Catalog:
         row = (upstream, repository, tag, accept, str(digest), checked)
 
         def write(connection: sqlite3.Connection) -> None:
-            connection.execute("INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?, ?, ?)", row)
+            connection.execute("INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?, ?, ?)", row)  # a new row number each time
             connection.execute(
                 "DELETE FROM tags WHERE upstream = ?1 AND repository = ?2 AND tag = ?3 AND accept = ?4 AND digest != ?5 AND "
                 "(EXISTS (SELECT 1 FROM blobs WHERE blobs.digest = ?5 AND media_type IS NOT NULL) OR "
@@ -222,11 +235,11 @@ class Catalog:
             for write, _ in jobs:
                 write(connection)
             connection.execute("COMMIT")
-        except sqlite3.Error as error:
+        except Exception as error:  # also what is no text or no number for sqlite: the caller's to hear
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             if len(jobs) == 1:
-                jobs[0][1].set_exception(error)
+                jobs[0][1].set_exception(error if isinstance(error, sqlite3.Error) else sqlite3.DataError(str(error)))
             return False
         for _, future in jobs:
             future.set_result(None)

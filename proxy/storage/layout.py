@@ -54,7 +54,7 @@ class SpoolFile:
         self._layout = layout
         self.name = name
         self.descriptor = descriptor
-        self._named = True
+        self.named = True
         self._unchecked = 0
 
     def write(self, data: bytes) -> None:
@@ -71,13 +71,13 @@ class SpoolFile:
     def adopt(self, digest: Digest) -> None:
         """Puts the file in its place, for good; the caller has checked that it holds what ``digest`` names."""
         self._layout._place(self, digest)
-        self._named = False
+        self.named = False
 
     def close(self) -> None:
         """Closes the file, and removes it if it was not adopted."""
         try:
-            if self._named:
-                self._named = False
+            if self.named:
+                self.named = False
                 os.unlink(self.name, dir_fd=self._layout.ingest)
         except OSError as error:
             log.warning("a spool could not be removed: %s", error)
@@ -105,7 +105,11 @@ class Layout:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _OPEN)
         except OSError as error:
-            reason = "it is a symbolic link; name the real directory" if path.is_symlink() else error.strerror
+            reason = error.strerror or str(error)
+            if path.is_symlink():
+                reason = "it is a symbolic link; name the real directory"
+            elif path.exists() and not path.is_dir():
+                reason = "it is not a directory; name one, or a place where one can be made"
             raise DirectoryUnusable(f"cache.directory: {path} cannot be used: {reason}") from error
         lock = -1
         try:
@@ -125,9 +129,14 @@ class Layout:
         except DirectoryUnusable:
             os.close(root)
             raise
-        layout._sweep()
-        layout._describe()
         return layout
+
+    def prepare(self) -> None:
+        """Removes what a crash left in the making, and makes the directory a layout; raises ``OSError``."""
+        self._sweep()
+        self._describe("oci-layout", {"imageLayoutVersion": "1.0.0"})
+        index = "application/vnd.oci.image.index.v1+json"
+        self._describe("index.json", {"schemaVersion": 2, "mediaType": index, "manifests": []})
 
     def close(self) -> None:
         """Gives the directory up."""
@@ -180,7 +189,7 @@ class Layout:
                 raise
         if descriptor >= 0:
             os.close(descriptor)
-        self._set_aside(digest)
+        self.set_aside_blob(digest)
         raise FileNotFoundError(errno.ENOENT, "not a file of ours, moved into quarantine", digest.hex)
 
     def contents(self) -> Iterator[tuple[Digest, int]]:
@@ -196,24 +205,11 @@ class Layout:
 
     def write_meta(self, digest: Digest, document: dict[str, Any]) -> None:
         """Replaces what is written beside a manifest; raises ``OSError``."""
-        spool = self.spool()
-        try:
-            os.write(spool.descriptor, json.dumps(document, indent=1).encode())
-            os.fsync(spool.descriptor)
-            os.rename(spool.name, f"{digest.hex}.json", src_dir_fd=self.ingest, dst_dir_fd=self._meta[digest.algorithm])
-            spool._named = False
-        finally:
-            spool.close()
+        self._write(f"{digest.hex}.json", self._meta[digest.algorithm], document)
 
     def read_meta(self, digest: Digest) -> dict[str, Any] | None:
         """What is written beside a manifest, or None if nothing readable is."""
-        try:
-            descriptor = os.open(f"{digest.hex}.json", os.O_RDONLY | _OPEN, dir_fd=self._meta[digest.algorithm])
-            with open(descriptor, encoding="utf-8") as file:
-                document = json.load(file)
-        except (OSError, ValueError):
-            return None
-        return document if isinstance(document, dict) else None
+        return _read_json(f"{digest.hex}.json", self._meta[digest.algorithm])
 
     def set_aside(self, name: str) -> None:
         """Moves a file of the directory itself (the catalog) into quarantine."""
@@ -230,27 +226,26 @@ class Layout:
         return current
 
     def _sweep(self) -> None:
-        """Removes what a crash left in the making: no such file is ever needed again."""
+        """No file in the making is ever needed again."""
         with os.scandir(self.ingest) as entries:
             for entry in entries:
                 if not entry.is_dir(follow_symlinks=False):
                     os.unlink(entry.name, dir_fd=self.ingest)
 
-    def _describe(self) -> None:
-        for name, document in (
-            ("oci-layout", {"imageLayoutVersion": "1.0.0"}),
-            ("index.json", {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": []}),
-        ):
-            try:
-                os.stat(name, dir_fd=self._root, follow_symlinks=False)
-            except FileNotFoundError:
-                spool = self.spool()
-                try:
-                    os.write(spool.descriptor, json.dumps(document).encode())
-                    os.rename(spool.name, name, src_dir_fd=self.ingest, dst_dir_fd=self._root)
-                    spool._named = False
-                finally:
-                    spool.close()
+    def _describe(self, name: str, document: dict[str, Any]) -> None:
+        """Writes a file of the layout, unless a good one stands there."""
+        if _read_json(name, self._root) is None:
+            self._write(name, self._root, document)
+
+    def _write(self, name: str, folder: int, document: dict[str, Any]) -> None:
+        spool = self.spool()
+        try:
+            spool.write(json.dumps(document, indent=1).encode())
+            os.fsync(spool.descriptor)
+            os.rename(spool.name, name, src_dir_fd=self.ingest, dst_dir_fd=folder)
+            spool.named = False
+        finally:
+            spool.close()
 
     def _place(self, spool: SpoolFile, digest: Digest) -> None:
         folder = self._blobs[digest.algorithm]
@@ -258,18 +253,28 @@ class Layout:
         try:
             os.rename(spool.name, digest.hex, src_dir_fd=self.ingest, dst_dir_fd=folder)
         except (IsADirectoryError, FileExistsError, NotADirectoryError):
-            self._set_aside(digest)
+            self.set_aside_blob(digest)
             os.rename(spool.name, digest.hex, src_dir_fd=self.ingest, dst_dir_fd=folder)
         os.fsync(folder)
 
-    def _set_aside(self, digest: Digest) -> None:
-        log.warning("%s is not a file of ours, or not of its size: moved into quarantine", digest)
+    def set_aside_blob(self, digest: Digest) -> None:
+        """Moves what stands at a digest's place, and does not belong there, into quarantine."""
+        log.warning("%s is not a file of ours, or not what its name says: moved into quarantine", digest)
         target = f"{digest.algorithm}-{digest.hex}-{self._stamp()}"
         with contextlib.suppress(FileNotFoundError):
             os.rename(digest.hex, target, src_dir_fd=self._blobs[digest.algorithm], dst_dir_fd=self._quarantine)
 
     def _stamp(self) -> str:
         return f"{os.getpid()}-{next(self._serial)}-{os.urandom(4).hex()}"
+
+
+def _read_json(name: str, folder: int) -> dict[str, Any] | None:
+    try:
+        with open(os.open(name, os.O_RDONLY | os.O_NONBLOCK | _OPEN, dir_fd=folder), encoding="utf-8") as file:
+            document = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
 
 
 def _check_root(path: Path, found: os.stat_result) -> None:

@@ -7,6 +7,8 @@ next start enters. Files are the truth; the catalog is found again from them.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import logging
 import os
 import sqlite3
@@ -16,16 +18,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from proxy.errors import RegistryError, UpstreamUnavailable
-from proxy.manifests import Manifest, ManifestInvalid, parse_manifest
+from proxy.manifests import MAX_BYTES, Manifest, ManifestInvalid, parse_manifest
 from proxy.metrics import Metrics
 from proxy.names import Digest, Repository, Tag, parse_repository, parse_tag
 from proxy.storage.base import StoredBlob
 from proxy.storage.catalog import Catalog, Tagged
-from proxy.storage.layout import Layout, SpoolFile
+from proxy.storage.layout import DirectoryUnusable, Layout, SpoolFile
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_TagNote = tuple[str, Repository, Tag, str, Digest, float]
 
 
 class Store:
@@ -42,20 +45,16 @@ class Store:
         """Opens the directory and makes catalog and files agree; raises ``DirectoryUnusable``, ``CatalogTooNew``."""
         layout = Layout.open(directory)
         try:
-            path = layout.path / "cache.db"
-            try:
-                catalog = Catalog.open(path)
-            except sqlite3.DatabaseError as error:
-                log.warning("the catalog cannot be read (%s): it is set aside and found again from the files", error)
-                for name in ("cache.db", "cache.db-wal", "cache.db-shm"):
-                    if (layout.path / name).exists():
-                        layout.set_aside(name)
-                catalog = Catalog.open(path)
+            store = cls(layout, _open_catalog(layout), metrics)
         except BaseException:
             layout.close()
             raise
-        store = cls(layout, catalog, metrics)
-        store._reconcile()
+        try:
+            layout.prepare()
+            store._reconcile()
+        except BaseException:
+            store.close()
+            raise
         return store
 
     def close(self) -> None:
@@ -129,11 +128,14 @@ class Store:
             return None
 
     def adopt(self, spool: SpoolFile, digest: Digest, size: int, upstream: str, repository: Repository) -> None:
-        """Holds a finished, verified download from now on; raises ``OSError`` or ``sqlite3.Error`` when it cannot."""
+        """Holds a finished, verified download from now on; raises ``OSError`` when it cannot."""
         spool.adopt(digest)
         link = self._catalog.link(upstream, repository, digest)
-        self._catalog.add(digest, size).result()
-        link.result()
+        try:
+            self._catalog.add(digest, size).result()
+            link.result()
+        except sqlite3.Error as error:
+            raise OSError(errno.EIO, f"the catalog was not written: {error}") from error
 
     def put_manifest(self, upstream: str, repository: Repository, digest: Digest, body: bytes, manifest: Manifest) -> bool:
         """Holds a verified manifest and its link from now on. False when the disk did not take it."""
@@ -159,22 +161,33 @@ class Store:
 
     def set_tag(self, upstream: str, repository: Repository, tag: Tag, accept: str, digest: Digest, checked: float) -> None:
         """Remembers where the upstream says that the tag points."""
-        before = self.tagged(upstream, repository, tag, accept)
-        if self._wait(self._catalog.set_tag(upstream, repository, tag, accept, digest, checked)):
-            entry = self._read(lambda: self._catalog.blob(digest))
-            if entry and entry[1] and (before is None or before.digest != digest):
-                try:
-                    self._write_meta(digest, entry[1])
-                except OSError as error:
-                    log.warning("the tag of %s is in the catalog only: %s", digest, error)
+        before = self._tag_rows(upstream, repository, tag, accept)
+        if self._wait(self._catalog.set_tag(upstream, repository, tag, accept, digest, checked)) and before != [digest]:
+            self._write_notes({digest, *before})
 
     def forget_tag(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> None:
         """Forgets a tag that its upstream no longer has, for clients of that class of ``Accept``."""
-        self._wait(self._catalog.forget_tag(upstream, repository, tag, accept))
+        before = self._tag_rows(upstream, repository, tag, accept)
+        if before and self._wait(self._catalog.forget_tag(upstream, repository, tag, accept)):
+            self._write_notes(set(before))
 
     def link(self, upstream: str, repository: Repository, digest: Digest) -> None:
         """Remembers that the upstream has ``digest`` in that repository."""
-        self._wait(self._catalog.link(upstream, repository, digest))
+        if self._wait(self._catalog.link(upstream, repository, digest)):
+            self._write_notes({digest})
+
+    def _tag_rows(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> list[Digest]:
+        return self._read(lambda: self._catalog.tagged_digests(upstream, repository, tag, accept)) or []
+
+    def _write_notes(self, digests: set[Digest]) -> None:
+        """Renews what is written beside manifests, after the catalog has changed."""
+        for digest in digests:
+            try:
+                entry = self._catalog.blob(digest)
+                if entry is not None and entry[1] is not None:
+                    self._write_meta(digest, entry[1])
+            except (OSError, sqlite3.Error) as error:
+                log.warning("what is known of %s is in the catalog only: %s", digest, error)
 
     def _wait(self, future: Future[None]) -> bool:
         try:
@@ -209,44 +222,78 @@ class Store:
         """Makes the catalog say what the files are."""
         known = self._catalog.digests()
         pending: list[Future[None]] = []
+        tags: list[_TagNote] = []
         for digest, size in self._layout.contents():
             if known.pop(digest, None) is None:
-                pending += self._recover(digest, size)
+                pending += self._recover(digest, size, tags)
         pending += [self._catalog.remove(digest) for digest in known]
+        pending += [self._catalog.set_tag(*note) for note in sorted(tags, key=lambda note: note[-1])]
         for future in pending:
             self._wait(future)
 
-    def _recover(self, digest: Digest, size: int) -> list[Future[None]]:
-        """Enters a file without a record. Without notes beside it nothing is known of who may read it: its first reader
-        in each repository costs one question upstream."""
-        meta = self._layout.read_meta(digest)
-        manifest = None
-        if meta is not None:
-            try:
-                descriptor = self._layout.open_blob(digest, size)
-                if descriptor is not None:
-                    with open(descriptor, "rb") as file:
-                        body = file.read()
-                    manifest = parse_manifest(body, str(meta.get("mediaType"))) if digest.matches(body) else None
-            except (OSError, ManifestInvalid):
-                manifest = None
-        if meta is None or manifest is None:
-            return [self._catalog.add(digest, size)]
-        pending = [self._catalog.add(digest, size, manifest)]
+    def _recover(self, digest: Digest, size: int, tags: list[_TagNote]) -> list[Future[None]]:
+        """Enters a file without a record, if it holds what its name says.
+
+        Without notes beside it nothing is known of who may read it: its first reader in each repository costs one
+        question upstream.
+        """
         try:
-            for link in meta["links"]:
-                pending.append(self._catalog.link(str(link["upstream"]), parse_repository(link["repository"]), digest))
-            for tag in meta["tags"]:
-                pending.append(
-                    self._catalog.set_tag(
-                        str(tag["upstream"]),
-                        parse_repository(tag["repository"]),
-                        parse_tag(tag["tag"]),
-                        str(tag["accept"]),
-                        digest,
-                        float(tag["checked"]),
-                    )
+            body = self._verified(digest, size)
+        except OSError:
+            return []
+        meta = self._layout.read_meta(digest)
+        if meta is None or body is None:
+            return [self._catalog.add(digest, size)]
+        try:
+            manifest = parse_manifest(body, str(meta.get("mediaType")))
+            links = [(str(link["upstream"]), parse_repository(link["repository"])) for link in meta["links"]]
+            tags += [
+                (
+                    str(note["upstream"]),
+                    parse_repository(note["repository"]),
+                    parse_tag(note["tag"]),
+                    str(note["accept"]),
+                    digest,
+                    float(note["checked"]),
                 )
-        except (KeyError, TypeError, ValueError, RegistryError):
-            log.warning("the notes beside %s cannot be read", digest)
-        return pending
+                for note in meta["tags"]
+            ]
+        except (KeyError, TypeError, ValueError, RegistryError, ManifestInvalid):
+            log.warning("what is written beside %s cannot be read", digest)
+            return [self._catalog.add(digest, size)]
+        return [self._catalog.add(digest, size, manifest), *(self._catalog.link(*link, digest) for link in links)]
+
+    def _verified(self, digest: Digest, size: int) -> bytes | None:
+        """The content if it is small enough to be a manifest, else None; raises ``OSError`` where it is not what it
+        should be, and sets it aside."""
+        descriptor = self._layout.open_blob(digest, size)
+        if descriptor is None:
+            raise FileNotFoundError(digest.hex)
+        with open(descriptor, "rb") as file:
+            found = hashlib.file_digest(file, digest.algorithm).hexdigest()
+            if found != digest.hex:
+                self._metrics.quarantined.inc()
+                self._layout.set_aside_blob(digest)
+                raise OSError(errno.EIO, "the content is not what its name says", digest.hex)
+            file.seek(0)
+            return file.read() if size <= MAX_BYTES else None
+
+
+def _open_catalog(layout: Layout) -> Catalog:
+    """The catalog of a directory; a damaged one is set aside, and what it said is found again from the files.
+
+    Raises ``DirectoryUnusable`` where it cannot be opened just now.
+    """
+    path = layout.path / "cache.db"
+    try:
+        if path.exists() and not path.is_file():
+            raise sqlite3.DatabaseError("it is not a file")
+        return Catalog.open(path)
+    except sqlite3.OperationalError as error:
+        raise DirectoryUnusable(f"cache.directory: {path} cannot be opened: {error}") from error
+    except sqlite3.DatabaseError as error:
+        log.warning("the catalog is damaged (%s): it is set aside and found again from the files", error)
+        for name in ("cache.db", "cache.db-wal", "cache.db-shm"):
+            if (layout.path / name).exists():
+                layout.set_aside(name)
+        return Catalog.open(path)

@@ -41,7 +41,13 @@ def is_allowed(address: Address, allowed: Iterable[Network]) -> bool:
         candidate in network for candidate in {address, real} for network in allowed if candidate.version == network.version
     ):
         return True
-    return all(a.is_global and not a.is_multicast and not a.is_reserved for a in {address, real})
+    judged = {real} if address in _NAT64 else {address, real}
+    return all(_is_public(a) for a in judged)
+
+
+def _is_public(address: Address) -> bool:
+    local = isinstance(address, ipaddress.IPv6Address) and address.is_site_local
+    return address.is_global and not (address.is_multicast or address.is_reserved or local)
 
 
 AddressInfo = tuple[int, int, int, str, tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]]

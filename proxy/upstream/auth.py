@@ -43,6 +43,11 @@ Ask = Callable[[URL], Awaitable[bytes]]
 """Fetches a token answer; raises ``RegistryError``."""
 
 
+def same_origin(one: URL, other: URL) -> bool:
+    """Whether scheme, host and port are the same, a default port spelt out or not."""
+    return (one.scheme, one.host, one.port) == (other.scheme, other.host, other.port)
+
+
 def check_realm(realm: str, endpoint: URL, token_hosts: Sequence[str]) -> URL:
     """The token server's address, if this upstream may use it; raises ``RealmRefused``.
 
@@ -60,9 +65,8 @@ def check_realm(realm: str, endpoint: URL, token_hosts: Sequence[str]) -> URL:
         raise RealmRefused("the realm of its challenge holds user information or a fragment")
     if url.scheme == "http" and endpoint.scheme == "https":
         raise RealmRefused(f"the realm of its challenge is at http://{host}, and the registry is on https")
-    own = url.origin() == endpoint.origin()
     authority = host if url.port == url.with_port(None).port else f"{host}:{url.port}"
-    if not own and authority not in token_hosts:
+    if not same_origin(url, endpoint) and authority not in token_hosts:
         raise RealmRefused(f"its challenge names the token server {authority}; if you trust that, list it in tokenHosts")
     return url
 
@@ -122,6 +126,6 @@ def parse_token(body: bytes) -> _Token:
     if not isinstance(value, str) or not _PRINTABLE.fullmatch(value):
         raise UpstreamBroken("its token server gave no usable token")
     life = document.get("expires_in")
-    if isinstance(life, bool) or not isinstance(life, (int, float)):
+    if isinstance(life, bool) or not isinstance(life, int | float) or life != life:  # NaN is not itself
         life = _LIFE_DEFAULT
-    return _Token(value, min(max(float(life), _LIFE_DEFAULT), _LIFE_MAX) * _LIFE_USED)
+    return _Token(value, min(max(life, _LIFE_DEFAULT), _LIFE_MAX) * _LIFE_USED)

@@ -19,7 +19,7 @@ from proxy.errors import Denied, RegistryError, TooManyRequests, UpstreamBroken,
 from proxy.metrics import Metrics
 from proxy.names import Repository
 from proxy.upstream.addresses import socket_factory
-from proxy.upstream.auth import RealmRefused, Tokens, check_realm
+from proxy.upstream.auth import RealmRefused, Tokens, check_realm, same_origin
 from proxy.upstream.challenge import Bearer, find_bearer
 from proxy.upstream.reply import ANONYMOUS, Dropped, Reply, Where, foreign_errors
 from proxy.upstream.resolver import Resolver
@@ -130,7 +130,7 @@ class Exchange:
         url = URL(f"{str(endpoint).rstrip('/')}{path}", encoded=True)
         own = True
         for _ in range(_MAX_HOPS + 1):
-            own = own and url.origin() == endpoint.origin()
+            own = own and same_origin(url, endpoint)
             authorization = {"Authorization": f"Bearer {token}"} if token and own else {}
             reply = await self._hop(method, url, headers | authorization, where)
             if reply.status not in _REDIRECTS:

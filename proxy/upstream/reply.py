@@ -26,6 +26,7 @@ from proxy.errors import (
 )
 from proxy.logs import printable
 from proxy.names import Digest, parse_digest
+from proxy.upstream.auth import same_origin
 
 _MAX_ERROR = 64 * 1024
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
@@ -80,7 +81,7 @@ class Reply:
     @property
     def is_own(self) -> bool:
         """Whether the endpoint itself answered, not a host that it redirected to."""
-        return self._response.url.origin() == self.where.endpoint.origin()
+        return same_origin(self._response.url, self.where.endpoint)
 
     @property
     def is_json(self) -> bool:
