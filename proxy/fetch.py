@@ -114,6 +114,8 @@ class Fill:
             except RegistryError as error:
                 if not spool.announced:
                     raise
+                if self._complete():  # it broke behind the last byte
+                    break
                 broken = error
             if spool.received - mark >= _PROGRESS:
                 mark, reopens, moved = spool.received, 0, loop.time()

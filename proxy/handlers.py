@@ -11,10 +11,10 @@ from aiohttp import web
 from proxy.errors import LoopDetected, NameUnknown
 from proxy.logs import printable
 from proxy.metrics import Metrics
-from proxy.names import parse_digest, parse_reference
+from proxy.names import Digest, parse_digest, parse_reference
 from proxy.policy import Routes, classify_accept, route
 from proxy.pull import Answer, Pull, Target
-from proxy.ranges import parse_range
+from proxy.ranges import Range, parse_range
 from proxy.send import COMMON_HEADERS, send
 
 Handler = Callable[[web.BaseRequest, "Match[str]"], Awaitable[web.StreamResponse]]
@@ -24,6 +24,14 @@ DECISION = web.RequestKey("decision", str)
 
 _MAX_VIA = 1024
 _MAX_HOPS = 8
+
+
+def range_of(request: web.BaseRequest, digest: Digest) -> Range | None:
+    """The range that a request asks of this content: of a GET only, and if its ``If-Range`` names it (RFC 9110)."""
+    condition = request.headers.get("If-Range")
+    if request.method != "GET" or (condition is not None and condition.strip() != f'"{digest}"'):
+        return None
+    return parse_range(request.headers.get("Range"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,7 @@ class Handlers:
         digest = parse_digest(path["digest"])
         if request.method == "HEAD":
             return await self._send(request, await self.pull.blob_head(target, digest))
-        asked = parse_range(request.headers.get("Range"))
+        asked = range_of(request, digest)
         start = (asked.first or 0) if asked else 0
         return await self._send(request, await self.pull.blob(target, digest, start))
 
@@ -71,6 +79,6 @@ class Handlers:
     async def _send(self, request: web.BaseRequest, answer: Answer) -> web.StreamResponse:
         request[DECISION] = answer.decision
         try:
-            return await send(request, answer, parse_range(request.headers.get("Range")), self.metrics)
+            return await send(request, answer, range_of(request, answer.digest), self.metrics)
         finally:
             answer.close()

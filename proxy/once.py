@@ -14,11 +14,13 @@ V = TypeVar("V")
 class Once(Generic[K, V]):
     """Shares running calls by key.
 
-    A caller who leaves does not stop the call for the others; when the last one has left, it is cancelled. A call that
-    began more than ``join_within`` seconds ago is not joined: newcomers share the next one.
+    A caller who leaves does not stop the call for the others. When the last one has left it is cancelled, unless calls
+    outlive their callers, who then rely on a bound of its own. A call that began more than ``join_within`` seconds ago
+    is not joined: newcomers share the next one.
     """
 
-    def __init__(self, join_within: float = float("inf")) -> None:
+    def __init__(self, join_within: float = float("inf"), *, outlives_callers: bool = False) -> None:
+        self._outlives_callers = outlives_callers
         self._join_within = join_within
         self._running: dict[K, _Call[V]] = {}
 
@@ -35,9 +37,16 @@ class Once(Generic[K, V]):
             return await asyncio.shield(shared.task)
         finally:
             shared.callers -= 1
-            if shared.callers == 0 and not shared.task.done():
+            if shared.callers == 0 and not shared.task.done() and not self._outlives_callers:
                 self._forget(key, shared)
                 shared.task.cancel()
+
+    async def close(self) -> None:
+        """Cancels what is running."""
+        tasks = [call.task for call in self._running.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _settle(self, key: K, call: _Call[V], task: asyncio.Future[V]) -> None:
         self._forget(key, call)

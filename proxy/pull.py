@@ -128,7 +128,7 @@ class Pull:
             head = await upstream.head_manifest(target.repository, reference, accept.sent, target.via)
             if head.digest is not None and head.digest.algorithm == reference.algorithm and head.digest != reference:
                 raise self._mismatch(target, f"answered {head.digest} when asked for {reference}")
-            if head.size is None:
+            if not head.is_told:
                 return (await self._get(target, reference, accept)).answer("miss", by_tag=False)
             return Answer(reference, head.size, head.media_type, "head", None)
         known = self._store.tagged(target.upstream, target.repository, reference, accept.key)
@@ -170,7 +170,7 @@ class Pull:
             except ManifestUnknown:
                 await self._threads.run(self._store.forget_tag, target.upstream, target.repository, tag, accept.key)
                 raise
-            if head.digest is None or head.size is None:
+            if head.digest is None or head.size is None or not head.is_told:
                 held = await self._get(target, tag, accept)
                 return _Pointed(held.digest, len(held.body), held.media_type)
             await self._set_tag(target, tag, accept, head.digest)

@@ -121,11 +121,11 @@ class Spool:
 
     def serves(self, start: int) -> bool:
         """Whether a reader that begins at ``start`` can still be served."""
-        return self.failure is None and (self._saving or self._window_start <= max(start, self._saved))
+        return self.failure is None and (self._saving or self._window_start <= max(self._first(start), self._saved))
 
     def attach(self, start: int) -> SpoolReader:
         """A reader that will begin at ``start``."""
-        reader = SpoolReader(self, start)
+        reader = SpoolReader(self, self._first(start))
         self._readers.add(reader)
         return reader
 
@@ -134,6 +134,10 @@ class Spool:
         self._readers.discard(reader)
         self._wake()
         self._give_back()
+
+    def _first(self, start: int) -> int:
+        """Where a reader really begins: of content of unknown size nobody can be given a part."""
+        return start if self.size is not None else 0
 
     def readable(self) -> int:
         """Where the bytes end that readers may have now."""
@@ -146,6 +150,8 @@ class Spool:
         if start < self._saved and self._file is not None:
             return FileSpan(self._file.descriptor, start, min(stop, self._saved) - start)
         offset = start - self._window_start
+        if offset < 0:
+            raise IndexError("these bytes are gone")  # by what serves() says it cannot be; never send others in their place
         return bytes(self._window[offset : min(stop - self._window_start, offset + _PIECE)])
 
     def moved(self) -> None:

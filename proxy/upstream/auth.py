@@ -21,7 +21,8 @@ from proxy.once import Once
 from proxy.upstream.challenge import Bearer
 
 _PRINTABLE = re.compile(r"[\x21-\x7e]{1,16384}", re.ASCII)
-_PLAIN_SCOPE = re.compile(r"[a-z]{1,32}", re.ASCII)
+_KNOWN_SCOPES = frozenset({"aws"})  # public.ecr.aws; it names no repository and no action
+_OURS = frozenset({"scope", "service", "account", "offline_token", "client_id"})
 _LIFE_DEFAULT = 60.0  # distribution spec/auth/token.md: "defaults to 60 seconds"
 _LIFE_MAX = 3600.0
 _LIFE_USED = 0.8
@@ -65,10 +66,10 @@ def check_realm(realm: str, endpoint: URL, token_hosts: Sequence[str]) -> URL:
         raise RealmRefused("the realm of its challenge holds user information or a fragment")
     if url.scheme == "http" and endpoint.scheme == "https":
         raise RealmRefused(f"the realm of its challenge is at http://{host}, and the registry is on https")
-    authority = host if url.port == url.with_port(None).port else f"{host}:{url.port}"
+    authority = url.host_port_subcomponent
     if not same_origin(url, endpoint) and authority not in token_hosts:
         raise RealmRefused(f"its challenge names the token server {authority}; if you trust that, list it in tokenHosts")
-    return url
+    return url.without_query_params(*_OURS)
 
 
 class Tokens:
@@ -78,7 +79,7 @@ class Tokens:
         self._tokens: TLRUCache[Key, _Token] = TLRUCache(4096, ttu=lambda _, token, now: now + token.seconds, timer=timer)
         self._failures: TTLCache[Key, RegistryError] = TTLCache(4096, _FAILURE_REMEMBERED, timer=timer)
         self._bearers: TTLCache[tuple[str, Repository], Bearer] = TTLCache(4096, 24 * 3600, timer=timer)
-        self._once: Once[Key, str] = Once()
+        self._once: Once[Key, str] = Once(outlives_callers=True)  # it has a bound of its own, and its failure counts
 
     def expected(self, endpoint: URL, repository: Repository) -> Bearer | None:
         """The challenge that this repository made before: answering it unasked saves a request."""
@@ -90,17 +91,17 @@ class Tokens:
 
     async def get(self, realm: URL, bearer: Bearer, repository: Repository, ask: Ask) -> str:
         """A token for pulling from ``repository``; raises ``RegistryError``. A failure is the answer for a minute."""
-        scope = (f"repository:{repository}:pull", *(s for s in bearer.scope if _PLAIN_SCOPE.fullmatch(s)))
-        key = (str(realm), bearer.service, scope)
-        if token := self._tokens.get(key):
-            return token.value
+        key = self._key(realm, bearer, repository)
         if failure := self._failures.get(key):
             raise failure
+        if token := self._tokens.get(key):
+            return token.value
 
         async def fetch() -> str:
             query = [("service", bearer.service)] if bearer.service else []
+            query += [("scope", item) for item in key[2]]
             try:
-                token = parse_token(await ask(realm.extend_query([*query, *(("scope", item) for item in scope)])))
+                token = parse_token(await ask(realm.extend_query(query)))
             except RegistryError as error:
                 self._failures[key] = error
                 raise
@@ -108,6 +109,18 @@ class Tokens:
             return token.value
 
         return await self._once.run(key, fetch)
+
+    def refuse(self, realm: URL, bearer: Bearer, repository: Repository, failure: RegistryError) -> None:
+        """The registry did not take a fresh token: that is its answer for a minute."""
+        self._failures[self._key(realm, bearer, repository)] = failure
+
+    async def close(self) -> None:
+        """Stops what is being asked."""
+        await self._once.close()
+
+    def _key(self, realm: URL, bearer: Bearer, repository: Repository) -> Key:
+        scope = (f"repository:{repository}:pull", *(item for item in bearer.scope if item in _KNOWN_SCOPES))
+        return str(realm), bearer.service, scope
 
     def drop(self, value: str) -> None:
         """Forgets a token that the registry did not accept."""

@@ -15,7 +15,7 @@ from yarl import URL
 
 from proxy.config import UpstreamConfig
 from proxy.errors import BlobUnknown, ManifestUnknown, UpstreamBroken, UpstreamFailing, UpstreamUnavailable
-from proxy.manifests import MAX_BYTES
+from proxy.manifests import MAX_BYTES, MODERN
 from proxy.metrics import Metrics
 from proxy.names import Digest, Reference, Repository
 from proxy.upstream.exchange import Exchange
@@ -31,6 +31,11 @@ class ManifestHead:
     digest: Digest | None
     size: int | None
     media_type: str
+
+    @property
+    def is_told(self) -> bool:
+        """Whether size and type are what a client can be told; the page of a captive portal has another type."""
+        return self.size is not None and self.media_type in MODERN
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,7 @@ class Upstream:
                 if reply.status == 405:
                     return ManifestHead(None, None, "")
                 await reply.check(self._no_manifest(repository, reference))
-                return ManifestHead(reply.digest, reply.length, reply.content_type)
+                return ManifestHead(reply.digest, reply.length, reply.media_type)
 
         return await self._any_endpoint(ask, within=self.config.timeouts.head)
 

@@ -7,9 +7,12 @@ endpoint's own origin only, never again once the request has left it (T04).
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
+from typing import Any
 
 import aiohttp
+from aiohttp.connector import Connection
 from prometheus_client import Counter
 from yarl import URL
 
@@ -26,11 +29,24 @@ from proxy.upstream.resolver import Resolver
 
 _MAX_HOPS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_LOCATION = re.compile(r"[!-~]{1,16384}", re.ASCII)  # it becomes a request line: no space, no control character
 _MAX_TOKEN = 64 * 1024
 _MAX_FIELD = 32 * 1024
 _READ_BUFFER = 256 * 1024
 _CONNECTIONS = 64
 _RESET_DELAYS = (0.0, 0.05, 0.2)  # a connection that is dropped before its answer is tried again
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Takes no connection from the pool on which something has come that nobody asked for: it would be taken for the
+    answer to the next request."""
+
+    async def _get(self, key: Any, traces: Any) -> Connection | None:
+        while (connection := await super()._get(key, traces)) is not None:
+            if connection.protocol is None or not connection.protocol.should_close:
+                break
+            connection.close()
+        return connection
 
 
 class Exchange:
@@ -43,7 +59,7 @@ class Exchange:
         loop = asyncio.get_running_loop()
         self._tokens = Tokens(loop.time)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
+            connector=_Connector(
                 ssl=_context(config),
                 resolver=Resolver(config.timeouts.connect),
                 socket_factory=socket_factory(config.allow_addresses, self._refused("address").inc),
@@ -59,6 +75,8 @@ class Exchange:
             max_line_size=_MAX_FIELD,
             max_field_size=_MAX_FIELD,
         )
+        # aiohttp would repeat a GET by itself, once, at once and uncounted; _hop does it instead.
+        self._session._retry_connection = False
         if config.insecure_skip_verify:
             metrics.insecure.labels(config.name).set(1)
 
@@ -92,13 +110,17 @@ class Exchange:
             self._tokens.expect(where.endpoint, repository, bearer)
         return reply
 
-    async def _token(self, where: Where, repository: Repository, bearer: Bearer) -> str:
-        """A token for that challenge. Token requests are never redirected, and carry nothing of the client's."""
+    def _realm(self, where: Where, bearer: Bearer) -> URL:
+        """The token server that a challenge names, if this upstream may use it; raises ``UpstreamBroken``."""
         try:
-            realm = check_realm(bearer.realm, where.endpoint, self._config.token_hosts)
+            return check_realm(bearer.realm, where.endpoint, self._config.token_hosts)
         except RealmRefused as error:
             self._refused("realm").inc()
             raise UpstreamBroken(f"{where} cannot be asked: {error}") from error
+
+    async def _token(self, where: Where, repository: Repository, bearer: Bearer) -> str:
+        """A token for that challenge. Token requests are never redirected, and carry nothing of the client's."""
+        realm = self._realm(where, bearer)
 
         async def fetch(url: URL) -> bytes:
             try:
@@ -110,6 +132,8 @@ class Exchange:
                         reply.close()
             except TimeoutError as error:
                 raise UpstreamUnavailable(f"the token server of {where} did not answer in time") from error
+            except UpstreamUnavailable as error:
+                raise UpstreamUnavailable(f"the token server of {where} failed: {error}") from error
 
         return await self._tokens.get(realm, bearer, repository, fetch)
 
@@ -144,7 +168,9 @@ class Exchange:
         endpoint = where.endpoint
         try:
             target = url.join(URL(location, encoded=True))
-            usable = bool(location) and bool(target.host) and target.user is None and target.password is None
+            usable = (
+                bool(_LOCATION.fullmatch(location)) and bool(target.host) and target.user is None and target.password is None
+            )
         except ValueError:
             usable = False
         if not usable or target.scheme not in ("http", "https") or (target.scheme, endpoint.scheme) == ("http", "https"):

@@ -31,6 +31,7 @@ from proxy.upstream.auth import same_origin
 _MAX_ERROR = 64 * 1024
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
 _RETRY_AFTER = re.compile(r"\d{1,6}|[A-Za-z]{3}, \d\d [A-Za-z]{3} \d{4} \d\d:\d\d:\d\d GMT", re.ASCII)
+_TLS = "TLS 1.2 is the least that is spoken"
 ANONYMOUS = "the repository is private or does not exist, and this cache asks anonymously"
 
 
@@ -84,10 +85,14 @@ class Reply:
         return same_origin(self._response.url, self.where.endpoint)
 
     @property
+    def media_type(self) -> str:
+        """``Content-Type`` without parameters."""
+        return self.content_type.partition(";")[0].strip().lower()
+
+    @property
     def is_json(self) -> bool:
         """Whether a program answered, not a page for people."""
-        kind = self.content_type.partition(";")[0].strip().lower()
-        return kind == "application/json" or kind.endswith("+json")
+        return self.media_type == "application/json" or self.media_type.endswith("+json")
 
     @property
     def digest(self) -> Digest | None:
@@ -171,7 +176,7 @@ class Reply:
 
     async def _said(self) -> _Said:
         if self._response.method == "HEAD":  # without a body the headers have to tell
-            return _Said("", self.is_json or (self.status == 401 and "WWW-Authenticate" in self.headers))
+            return _Said("", self.is_json)
         if not self.is_json:
             return _Said("", False)
         try:
@@ -193,11 +198,13 @@ def foreign_errors(where: Where) -> Iterator[None]:
             f"the TLS certificate of {where} is not accepted: {reason}; give its CA as caFile"
         ) from error
     except aiohttp.ClientSSLError as error:
-        raise UpstreamUnavailable(f"TLS with {where} failed; TLS 1.2 is the least that is spoken") from error
+        raise UpstreamUnavailable(f"TLS with {where} failed; {_TLS}") from error
     except aiohttp.ClientConnectorDNSError as error:
         raise UpstreamUnavailable(f"the name of {where}, or of where it redirects to, cannot be resolved") from error
     except aiohttp.ClientConnectorError as error:
         cause = error.os_error
+        if error.ssl is not False and isinstance(cause, ConnectionResetError | ConnectionAbortedError | BrokenPipeError):
+            raise UpstreamUnavailable(f"TLS with {where} failed: it hung up in the handshake; {_TLS}") from error
         reason = "connection refused" if cause.errno == errno.ECONNREFUSED else printable(str(cause))
         raise UpstreamUnavailable(f"{where} cannot be reached: {reason}") from error
     except aiohttp.ServerTimeoutError as error:
