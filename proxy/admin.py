@@ -9,21 +9,27 @@ from collections.abc import Callable
 
 from aiohttp import web
 
+from proxy.edge import Listener
 from proxy.metrics import Metrics
+from proxy.send import COMMON_HEADERS
+
+_TEXT = "text/plain; charset=utf-8"
+_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def application(metrics: Metrics, is_ready: Callable[[], bool]) -> web.Application:
+def listener(metrics: Metrics, is_ready: Callable[[], bool]) -> Listener:
     """``/healthz``: the event loop turns; ``/readyz``: hits can be served, and no stop was asked for; ``/metrics``."""
 
-    async def healthz(_: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        status, body, kind = 404, b"not found\n", _TEXT
+        if request.method not in ("GET", "HEAD"):
+            status, body = 405, b"read only\n"
+        elif request.rel_url.raw_path == "/healthz":
+            status, body = 200, b"ok\n"
+        elif request.rel_url.raw_path == "/readyz":
+            status, body = (200, b"ready\n") if is_ready() else (503, b"not ready\n")
+        elif request.rel_url.raw_path == "/metrics":
+            status, body, kind = 200, metrics.render(), _PROMETHEUS
+        return web.Response(status=status, body=body, headers=COMMON_HEADERS | {"Content-Type": kind, "Allow": "GET, HEAD"})
 
-    async def readyz(_: web.Request) -> web.Response:
-        return web.Response(text="ready\n") if is_ready() else web.Response(status=503, text="not ready\n")
-
-    async def figures(_: web.Request) -> web.Response:
-        return web.Response(body=metrics.render(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-    app = web.Application()
-    app.add_routes([web.get("/healthz", healthz), web.get("/readyz", readyz), web.get("/metrics", figures)])
-    return app
+    return Listener(answer, metrics)

@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -53,6 +53,8 @@ class Edge:
         kind, status, error = "other", "-", ""
         request[DECISION] = "none"
         try:
+            if "Upgrade" in request.headers:  # it is not done; what aiohttp has read behind it would wait for ever
+                request.protocol.close()
             await _ignore_body(request)
             kind, handler, match = self._route(request)
             response = await handler(request, match)
@@ -191,9 +193,9 @@ class _Connection(RequestHandler):
 class Listener(web.Server):
     """aiohttp's low-level server with bounds: connections in all and for each address, sizes, idle time."""
 
-    def __init__(self, edge: Edge, metrics: Metrics) -> None:
+    def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], metrics: Metrics) -> None:
         super().__init__(
-            edge,
+            handler,
             handler_cancellation=True,
             access_log=None,
             keepalive_timeout=IDLE_SECONDS,

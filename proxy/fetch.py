@@ -152,10 +152,9 @@ class Fill:
                     continue
             if spool.received + len(data) > limit:
                 raise Mismatch(f"the upstream sends more than the {limit} bytes that {spool.digest} may have")
-            saved = await threads.run(spool.absorb, data)
             before = asyncio.get_running_loop().time()
-            await spool.commit(data, saved)
-            self._floor_end += asyncio.get_running_loop().time() - before  # slow readers are not the upstream's fault
+            await spool.commit(data, await threads.run(spool.absorb, data))
+            self._floor_end += asyncio.get_running_loop().time() - before  # the disk and the readers are not its fault
 
     async def _read(self, stream: Stream) -> bytes:
         try:
@@ -217,8 +216,6 @@ class Fetcher:
             return fill.spool.attach(start)
         spool = Spool(digest, self._store.spool())
         spool.size = size
-        if spool.file is None:
-            self._metrics.unsaved.inc()
         fill = self._fills[digest] = Fill(spool, origin, source, self._limit, floor)
         reader = spool.attach(start)
         task = asyncio.create_task(self._run(fill), name=f"fill {digest}")
@@ -254,6 +251,8 @@ class Fetcher:
         finally:
             self._ended(fill)
             self._metrics.fills.labels(result).inc()
+            if result in ("passed", "abandoned"):
+                self._metrics.unsaved.inc()
             self._metrics.in_flight.dec()
 
     async def _save(self, fill: Fill) -> bool:
@@ -264,7 +263,6 @@ class Fetcher:
             await self._threads.run(self._store.adopt, file, fill.spool.digest, fill.spool.received, *fill.origin)
         except OSError as error:
             log.warning("%s was served but not saved: %s", fill.spool.digest, error)
-            self._metrics.unsaved.inc()
             return False
         return True
 

@@ -39,9 +39,7 @@ async def serve(config: Config, announce: Callable[[Config], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with app.build(config) as cache:
-        admin_runner = web.AppRunner(
-            admin.application(cache.metrics, lambda: not stop.is_set()), access_log=None, handle_signals=False
-        )
+        admin_runner = web.ServerRunner(admin.listener(cache.metrics, lambda: not stop.is_set()), shutdown_timeout=1)
         runner = web.ServerRunner(cache.listener, shutdown_timeout=GRACE_SECONDS)
         try:
             await _listen(admin_runner, config.admin, "admin")

@@ -101,7 +101,7 @@ async def running(config: Config) -> AsyncIterator[RunningCache]:
         ports = []
         for runner in (
             web.ServerRunner(built.listener, shutdown_timeout=2),
-            web.AppRunner(admin.application(built.metrics, lambda: True), access_log=None),
+            web.ServerRunner(admin.listener(built.metrics, lambda: True)),
         ):
             await runner.setup()
             stack.push_async_callback(runner.cleanup)

@@ -6,6 +6,7 @@ Reads are inline (microseconds, the pages are in memory); writes go through one 
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import sqlite3
 import threading
@@ -236,8 +237,8 @@ class Catalog:
                 write(connection)
             connection.execute("COMMIT")
         except Exception as error:  # also what is no text or no number for sqlite: the caller's to hear
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
+            with contextlib.suppress(sqlite3.Error):
+                connection.rollback()
             if len(jobs) == 1:
                 jobs[0][1].set_exception(error if isinstance(error, sqlite3.Error) else sqlite3.DataError(str(error)))
             return False

@@ -7,6 +7,7 @@
       ingest/                        spools and other files in the making; emptied at every start
       quarantine/                    what stood under blobs/ and was not what its name says
       cache.db                       the catalog
+      reserve                        given up when the disk is full at a start, so that the catalog can be opened
       lock                           held by the one process that works here
 
 Nothing is written onto its final name: write, hash, fsync, rename, fsync of the folder. Names of files are digests that
@@ -35,11 +36,13 @@ log = logging.getLogger(__name__)
 ALGORITHMS = ("sha256", "sha512")
 MIN_FREE = 0.05
 """Part of the disk that is left free; below it nothing more is saved."""
+_RESERVE = 1024 * 1024
 _CHECK_ROOM = 64 * 1024 * 1024
 
 _NETWORK = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "fuse.sshfs", "fuse.glusterfs"}
 )
+_NOT_A_FILE = frozenset({errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.ENOTDIR})
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -131,9 +134,18 @@ class Layout:
             raise
         return layout
 
+    def give_up_reserve(self) -> bool:
+        """Frees a little of a full disk. Whether there was something to free."""
+        try:
+            os.unlink("reserve", dir_fd=self._root)
+        except OSError:
+            return False
+        return True
+
     def prepare(self) -> None:
         """Removes what a crash left in the making, and makes the directory a layout; raises ``OSError``."""
         self._sweep()
+        self._make_reserve()
         self._describe("oci-layout", {"imageLayoutVersion": "1.0.0"})
         index = "application/vnd.oci.image.index.v1+json"
         self._describe("index.json", {"schemaVersion": 2, "mediaType": index, "manifests": []})
@@ -168,7 +180,7 @@ class Layout:
         """A descriptor of the content, or None where there is none.
 
         What is there but is not a file of our own of that size (a symbolic or hard link, a device, a truncated file) goes
-        into quarantine: raises ``FileNotFoundError``.
+        into quarantine: raises ``FileNotFoundError``. Any other ``OSError`` is the disk's trouble, or the system's.
         """
         folder = self._blobs[digest.algorithm]
         descriptor = -1
@@ -185,7 +197,7 @@ class Layout:
         except FileNotFoundError:
             return None
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
+            if error.errno not in _NOT_A_FILE:
                 raise
         if descriptor >= 0:
             os.close(descriptor)
@@ -231,6 +243,16 @@ class Layout:
             for entry in entries:
                 if not entry.is_dir(follow_symlinks=False):
                     os.unlink(entry.name, dir_fd=self.ingest)
+
+    def _make_reserve(self) -> None:
+        if not self.has_room():
+            return
+        with contextlib.suppress(OSError):
+            descriptor = os.open("reserve", os.O_WRONLY | os.O_CREAT | _OPEN, 0o600, dir_fd=self._root)
+            try:
+                os.posix_fallocate(descriptor, 0, _RESERVE)
+            finally:
+                os.close(descriptor)
 
     def _describe(self, name: str, document: dict[str, Any]) -> None:
         """Writes a file of the layout, unless a good one stands there."""

@@ -80,7 +80,10 @@ class Store:
                 return None
             return StoredBlob(digest, descriptor, entry[0])
         except OSError as error:
-            raise UpstreamUnavailable(f"pullcache cannot open more files: {os.strerror(error.errno or 0)}") from error
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise UpstreamUnavailable("pullcache has too many files open; raise its limit (ulimit -n)") from error
+            log.warning("%s cannot be opened: %s", digest, error)
+            return None
         except sqlite3.Error:
             log.exception("the catalog cannot be read")
             return None
@@ -290,6 +293,8 @@ def _open_catalog(layout: Layout) -> Catalog:
             raise sqlite3.DatabaseError("it is not a file")
         return Catalog.open(path)
     except sqlite3.OperationalError as error:
+        if layout.give_up_reserve():
+            return _open_catalog(layout)
         raise DirectoryUnusable(f"cache.directory: {path} cannot be opened: {error}") from error
     except sqlite3.DatabaseError as error:
         log.warning("the catalog is damaged (%s): it is set aside and found again from the files", error)

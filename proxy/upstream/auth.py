@@ -46,7 +46,7 @@ Ask = Callable[[URL], Awaitable[bytes]]
 
 def same_origin(one: URL, other: URL) -> bool:
     """Whether scheme, host and port are the same, a default port spelt out or not."""
-    return (one.scheme, one.host, one.port) == (other.scheme, other.host, other.port)
+    return (one.scheme, one.raw_host, one.port) == (other.scheme, other.raw_host, other.port)
 
 
 def check_realm(realm: str, endpoint: URL, token_hosts: Sequence[str]) -> URL:
@@ -57,7 +57,7 @@ def check_realm(realm: str, endpoint: URL, token_hosts: Sequence[str]) -> URL:
     """
     try:
         url = URL(realm)
-        host = url.host
+        host = url.raw_host
     except ValueError as error:
         raise RealmRefused("the realm of its challenge is not an address") from error
     if len(realm) > 2048 or not realm.isascii() or not host or url.scheme not in ("https", "http"):
@@ -66,7 +66,7 @@ def check_realm(realm: str, endpoint: URL, token_hosts: Sequence[str]) -> URL:
         raise RealmRefused("the realm of its challenge holds user information or a fragment")
     if url.scheme == "http" and endpoint.scheme == "https":
         raise RealmRefused(f"the realm of its challenge is at http://{host}, and the registry is on https")
-    authority = url.host_port_subcomponent
+    authority = f"{url.host_subcomponent}:{url.port}" if url.explicit_port is not None else url.host_subcomponent
     if not same_origin(url, endpoint) and authority not in token_hosts:
         raise RealmRefused(f"its challenge names the token server {authority}; if you trust that, list it in tokenHosts")
     return url.without_query_params(*_OURS)
@@ -93,7 +93,7 @@ class Tokens:
         """A token for pulling from ``repository``; raises ``RegistryError``. A failure is the answer for a minute."""
         key = self._key(realm, bearer, repository)
         if failure := self._failures.get(key):
-            raise failure
+            raise type(failure)(failure.message, headers=failure.headers)  # afresh: its traceback would grow
         if token := self._tokens.get(key):
             return token.value
 

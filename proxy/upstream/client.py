@@ -100,6 +100,8 @@ class Upstream:
             path = f"/v2/{repository}/manifests/{reference}"
             async with self._reply("GET", where, path, repository, {"Accept": accept}, via) as reply:
                 await reply.check(self._no_manifest(repository, reference))
+                if reply.status != 200:
+                    raise UpstreamBroken(f"{where} sent a part of a manifest of which the whole was asked")
                 return ManifestBody(await reply.body(MAX_BYTES), reply.content_type)
 
         return await self._any_endpoint(ask)

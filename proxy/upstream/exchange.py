@@ -82,6 +82,7 @@ class Exchange:
 
     async def close(self) -> None:
         """Drops every connection."""
+        await self._tokens.close()
         await self._session.close()
 
     async def ask(
@@ -102,13 +103,21 @@ class Exchange:
         if bearer is None:
             return reply
         reply.close()
+        self._tokens.expect(where.endpoint, repository, bearer)
         if token:
             self._tokens.drop(token)
         fresh = await self._token(where, repository, bearer)
         reply = await self._follow(method, where, path, headers, fresh)
         if reply.status != 401:
-            self._tokens.expect(where.endpoint, repository, bearer)
-        return reply
+            return reply
+        try:
+            await reply.check(UpstreamBroken(f"{where} refuses a fresh token"))
+            raise AssertionError("a 401 does not pass")
+        except RegistryError as error:
+            self._tokens.refuse(self._realm(where, bearer), bearer, repository, error)
+            raise
+        finally:
+            reply.close()
 
     def _realm(self, where: Where, bearer: Bearer) -> URL:
         """The token server that a challenge names, if this upstream may use it; raises ``UpstreamBroken``."""

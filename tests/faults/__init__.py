@@ -1,0 +1,1 @@
+"""Faults in the machine underneath: killed processes, failing system calls."""
