@@ -16,6 +16,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from aiohttp import HttpVersion11, web
+from aiohttp.abc import AbstractStreamWriter
 
 from proxy.errors import RegistryError, UpstreamBroken
 from proxy.metrics import Metrics
@@ -129,8 +130,7 @@ async def _send_body(
     if transport is None:
         raise ConnectionResetError("the client has gone")
     transport.set_write_buffer_limits(0)
-    with _Socket(transport, metrics) as wire:
-        await wire.patiently(request.writer.drain())
+    with _Socket(transport, request.writer, metrics) as wire:
         async for piece in content.read(start, stop):
             if isinstance(piece, bytes):
                 await wire.patiently(response.write(piece))
@@ -147,8 +147,9 @@ class _Socket:
     """The client's socket, by a descriptor of our own: the event loop keeps reading from the other, and so sees the
     client leave while we wait for room."""
 
-    def __init__(self, transport: asyncio.Transport, metrics: Metrics) -> None:
+    def __init__(self, transport: asyncio.Transport, writer: AbstractStreamWriter, metrics: Metrics) -> None:
         self._transport = transport
+        self._writer = writer
         self._metrics = metrics
         self._descriptor = os.dup(transport.get_extra_info("socket").fileno())
 
@@ -160,6 +161,8 @@ class _Socket:
 
     async def send_file(self, piece: FileSpan) -> None:
         """Sends bytes of a file; raises ``ConnectionError`` when the client has gone."""
+        if self._transport.get_write_buffer_size():
+            await self.patiently(self._writer.drain())  # what was written before must be sent before
         offset, end = piece.offset, piece.offset + piece.count
         while offset < end:
             if self._transport.is_closing():

@@ -24,7 +24,7 @@ from proxy.names import Repository
 from proxy.upstream.addresses import socket_factory
 from proxy.upstream.auth import RealmRefused, Tokens, check_realm, same_origin
 from proxy.upstream.challenge import Bearer, find_bearer
-from proxy.upstream.reply import ANONYMOUS, Dropped, Reply, Where, foreign_errors
+from proxy.upstream.reply import ANONYMOUS, Dropped, Garbled, Reply, Where, foreign_errors
 from proxy.upstream.resolver import Resolver
 
 _MAX_HOPS = 5
@@ -188,7 +188,7 @@ class Exchange:
         return target.with_fragment(None)
 
     async def _hop(self, method: str, url: URL, headers: dict[str, str], where: Where) -> Reply:
-        """One request, one answer. A connection dropped before its answer is tried again: GET and HEAD change nothing."""
+        """One request, one answer. What was dropped or garbled before its answer is tried again: GET changes nothing."""
         plain = {"User-Agent": f"pullcache/{__version__}", "Accept-Encoding": "identity"}
         for remaining, delay in zip(reversed(range(len(_RESET_DELAYS))), _RESET_DELAYS, strict=True):
             await asyncio.sleep(delay)
@@ -197,7 +197,7 @@ class Exchange:
                     response = await self._session.request(method, url, headers=plain | headers, allow_redirects=False)
             except RegistryError as error:
                 self._count(method, "error")
-                if remaining and isinstance(error, Dropped):
+                if remaining and isinstance(error, Dropped | Garbled):
                     continue
                 raise
             self._count(method, f"{response.status // 100}xx")

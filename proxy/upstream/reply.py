@@ -39,6 +39,10 @@ class Dropped(UpstreamUnavailable):
     """The connection ended before an answer began."""
 
 
+class Garbled(UpstreamBroken):
+    """What came is no answer: perhaps what was left over from the one before, on the same connection."""
+
+
 @dataclass(frozen=True, slots=True)
 class Where:
     """Whom a request goes to, and whom an error message is about."""
@@ -213,6 +217,8 @@ def foreign_errors(where: Where) -> Iterator[None]:
         raise Dropped(f"{where} dropped the connection") from error
     except aiohttp.ClientPayloadError as error:
         raise UpstreamUnavailable(f"{where} broke off in the middle of the content") from error
+    except aiohttp.ClientResponseError as error:
+        raise Garbled(f"{where} sent what is not valid HTTP") from error
     except (aiohttp.ClientError, ValueError) as error:
         raise UpstreamBroken(f"{where} sent what is not valid HTTP") from error
 
