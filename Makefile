@@ -7,12 +7,13 @@ LISTEN ?= 127.0.0.1:5000
 ARGS   ?=
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help run test check faults clean
+.PHONY: help run test check faults bench clean
 help:
 	@echo "make run     serve on $(LISTEN) (make run LISTEN=0.0.0.0:5000, make run ARGS='--config my.yaml')"
 	@echo "make test    install what the tests need, and run all of them"
 	@echo "make check   ruff, mypy, layers, documents"
-	@echo "make faults  the long fault runs: crashes at every step, cuts, corruption"
+	@echo "make faults  the long fault runs: crashes at every moment and step, failing disks"
+	@echo "make bench   first byte of cold blobs, against the registry's own"
 
 run: $(VENV)/.run
 	$(BIN)/pullcache serve --listen $(LISTEN) $(ARGS)
@@ -29,7 +30,11 @@ check: $(VENV)/.test
 
 faults: $(VENV)/.test
 	@sh tests/real/install.sh
-	PULLCACHE_FAULTS=long $(BIN)/pytest -q tests/faults
+	PULLCACHE_FAULTS=long $(BIN)/pytest -q -s tests/faults
+
+bench: $(VENV)/.test
+	@sh tests/real/install.sh
+	$(BIN)/python -m tests.bench.first_byte
 
 $(VENV)/bin/python:
 	@sh tools/make-venv.sh $(PYTHON) $(VENV)

@@ -22,7 +22,7 @@ from proxy.errors import NameUnknown, RegistryError, RequestInvalid, RequestTooL
 from proxy.handlers import DECISION, Handler
 from proxy.logs import printable
 from proxy.metrics import Metrics
-from proxy.send import COMMON_HEADERS, BodyCut, cut
+from proxy.send import BODY_BYTES, COMMON_HEADERS, BodyCut, cut
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("proxy.access")
@@ -106,7 +106,7 @@ class Edge:
             "ns": request.rel_url.query.get("ns", ""),
             "status": status,
             "decision": request[DECISION],
-            "bytes": request.writer.output_size,
+            "bytes": request.get(BODY_BYTES, 0),
             "seconds": round(seconds, 4),
             "agent": request.headers.get("User-Agent", ""),
         }

@@ -30,6 +30,10 @@ _SLOW_BYTES = 1024
 _SLOW_SECONDS = 60.0
 
 
+BODY_BYTES = web.RequestKey("body_bytes", int)
+"""How much of a body a client was given."""
+
+
 class BodyCut(ConnectionResetError):
     """The body was ended short on purpose: its end could not be vouched for."""
 
@@ -140,7 +144,9 @@ async def _send_body(
                     await wire.patiently(response.write(os.pread(piece.descriptor, count, offset)))
             else:
                 await wire.send_file(piece)
-            metrics.sent_bytes.inc(len(piece) if isinstance(piece, bytes) else piece.count)
+            count = len(piece) if isinstance(piece, bytes) else piece.count
+            request[BODY_BYTES] = request.get(BODY_BYTES, 0) + count
+            metrics.sent_bytes.inc(count)
 
 
 class _Socket:

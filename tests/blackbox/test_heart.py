@@ -77,3 +77,13 @@ async def test_errors_name_the_upstream(cache: RunningCache, registry: ScriptedR
     error = json.loads(answer.body)["errors"][0]
     assert error["code"] == "UNAVAILABLE"
     assert error["message"] == f"registry.test ({registry.host}) cannot be reached: connection refused"
+
+
+async def test_the_log_says_how_many_bytes_a_client_was_given(
+    cache: RunningCache, registry: ScriptedRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    digest = registry.add_blob("team/app", LAYER)
+    with caplog.at_level("INFO", "proxy.access"):
+        await cache.get(f"/v2/team/app/blobs/{digest}")
+        await cache.get(f"/v2/team/app/blobs/{digest}", [("Range", "bytes=10-19")])
+    assert [record.fields["bytes"] for record in caplog.records if hasattr(record, "fields")] == [len(LAYER), 10]
