@@ -1,6 +1,7 @@
 # Two stages on Debian's own Python: the second has neither pip nor a compiler.
 FROM docker.io/library/debian:bookworm-slim AS build
 RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv
+# Where a package index has a certificate authority of its own: its file within the build, mounted.
 ARG PIP_CERT
 WORKDIR /src
 COPY requirements.lock requirements-build.lock ./
@@ -19,8 +20,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates
  && install -d -o 65532 -g 65532 -m 700 /var/lib/pullcache
 COPY --from=build /opt/pullcache /opt/pullcache
 USER 65532:65532
-ENV PATH=/opt/pullcache/bin:$PATH PYTHONDONTWRITEBYTECODE=1
+ENV PATH=/opt/pullcache/bin:$PATH PYTHONDONTWRITEBYTECODE=1 XDG_CACHE_HOME=/var/lib
 VOLUME /var/lib/pullcache
 EXPOSE 5000 5001
 ENTRYPOINT ["pullcache"]
-CMD ["serve", "--listen", ":5000", "--cache-directory", "/var/lib/pullcache"]
+CMD ["serve", "--listen", ":5000", "--admin", ":5001"]

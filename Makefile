@@ -3,20 +3,20 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-LISTEN ?= 127.0.0.1:5000
+LISTEN ?=
 ARGS   ?=
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
 
 .PHONY: help run test check faults bench clean
 help:
-	@echo "make run     serve on $(LISTEN) (make run LISTEN=0.0.0.0:5000, make run ARGS='--config my.yaml')"
+	@echo "make run     serve on 127.0.0.1:5000 (make run LISTEN=0.0.0.0:5000, make run ARGS='--config my.yaml')"
 	@echo "make test    install what the tests need, and run all of them"
 	@echo "make check   ruff, mypy, layers, documents"
 	@echo "make faults  the long fault runs: crashes at every moment and step, failing disks"
 	@echo "make bench   first byte of cold blobs, against the registry's own"
 
 run: $(VENV)/.run
-	$(BIN)/pullcache serve --listen $(LISTEN) $(ARGS)
+	$(BIN)/pullcache serve $(if $(LISTEN),--listen $(LISTEN)) $(ARGS)
 
 test: $(VENV)/.test
 	@sh tests/real/install.sh

@@ -18,7 +18,7 @@ _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def listener(metrics: Metrics, is_ready: Callable[[], bool]) -> Listener:
-    """``/healthz``: the event loop turns; ``/readyz``: hits can be served, and no stop was asked for; ``/metrics``."""
+    """``/healthz``: the event loop turns; ``/readyz``: no stop was asked for; ``/metrics``."""
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         status, body, kind = 404, b"not found\n", _TEXT

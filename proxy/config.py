@@ -116,6 +116,10 @@ def _token_host(value: str) -> str:
     return value.lower()
 
 
+def _absolute(value: Path) -> Path:
+    return value.expanduser().absolute()
+
+
 def _path_prefix(value: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", value, re.ASCII):
         raise ValueError("not a path prefix; one component of a-z 0-9 . _ -")
@@ -173,10 +177,13 @@ class UpstreamConfig(_Section):
     @classmethod
     def _fill_in(cls, data: Any) -> Any:
         """What the name alone implies: the endpoint and the token hosts."""
-        if not isinstance(data, dict) or not isinstance(name := data.get("name"), str) or "endpoints" in data:
+        if not isinstance(data, dict) or not isinstance(name := data.get("name"), str):
             return data
         endpoint, token_hosts = PUBLIC_REGISTRIES.get(canonical_host(name), (f"https://{name}", []))
-        return {"endpoints": [endpoint], "tokenHosts": token_hosts} | data
+        implied: dict[str, Any] = {"endpoints": [endpoint]}
+        if data.get("endpoints", [endpoint]) == [endpoint]:  # a registry's token server is not lent to other endpoints
+            implied["tokenHosts"] = token_hosts
+        return implied | data
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -224,7 +231,7 @@ def _default_directory() -> Path:
 class CacheConfig(_Section):
     """Where content is kept."""
 
-    directory: Path = Field(default_factory=_default_directory)
+    directory: Annotated[Path, AfterValidator(_absolute)] = Field(default_factory=_default_directory)
     max_blob_size: Quantity = Field(default="128Gi", description="larger blobs are refused")  # type: ignore[assignment]
 
 

@@ -220,6 +220,7 @@ class Listener(web.Server):
         self._addresses[address] += 1
         self._metrics.connections.inc()
         if len(self._open) > MAX_CONNECTIONS or self._addresses[address] > MAX_PER_ADDRESS:
+            self._metrics.turned_away.inc()
             transport.abort()
 
     def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:

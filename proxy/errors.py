@@ -1,6 +1,6 @@
 """Every error that a client of pullcache can see: one class a registry error code and status.
 
-Foreign exceptions (aiohttp, OSError, sqlite3) become one of these at two edges only, ``upstream/client`` and ``storage``;
+Foreign exceptions (aiohttp, OSError, sqlite3) become one of these at two edges only, ``upstream/`` and ``storage/``;
 ``edge`` alone turns them into a response. Nothing in between chooses a status.
 
 Codes: OCI distribution spec 1.1.1, section "Error Codes"; statuses: distribution ``registry/api/errcode/register.go``.
@@ -91,6 +91,12 @@ class LoopDetected(RegistryError):
     """The request has been through this very instance before (RFC 5842 section 7.2, found by ``Via``)."""
 
     code, status = "UNAVAILABLE", 508
+
+
+class CacheFailing(RegistryError):
+    """The cache itself cannot: files, descriptors, or it is stopping."""
+
+    code, status = "UNAVAILABLE", 503
 
 
 class UpstreamFailing(RegistryError):

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from cachetools import TTLCache
 
-from proxy.errors import RangeInvalid, RegistryError, UpstreamBroken, UpstreamUnavailable
+from proxy.errors import CacheFailing, RangeInvalid, RegistryError, UpstreamBroken, UpstreamUnavailable
 from proxy.metrics import Metrics
 from proxy.names import Digest, Repository
 from proxy.spool import Abandoned, Spool, SpoolReader
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 VERIFIED_FIRST = 1024 * 1024
 """Content up to this size is verified before its status line, so that its failure has a status of its own."""
 
-_PATIENCE = 20.0  # seconds; containerd 2.3 waits 30 s for headers
 _REOPENS = 5
 _PROGRESS = 64 * 1024
 _DELAYS = (0.0, 0.1, 0.4, 1.0, 2.0)
@@ -238,16 +237,16 @@ class Fetcher:
             result = "held" if await self._save(fill) else "passed"
         except Abandoned:
             result = "abandoned"
-            fill.spool.fail(UpstreamUnavailable("nobody was reading, and the disk takes no more"))
+            fill.spool.fail(CacheFailing("nobody was reading, and the disk takes no more"))
         except asyncio.CancelledError:
-            fill.spool.fail(UpstreamUnavailable("pullcache is shutting down"))
+            fill.spool.fail(CacheFailing("pullcache is shutting down"))
             raise
         except RegistryError as error:
             self._remember(fill, error)
             fill.spool.fail(error)
         except Exception as error:
             log.exception("the download of %s failed by a fault of pullcache", fill.spool.digest)
-            fill.spool.fail(UpstreamBroken(f"pullcache failed: {type(error).__name__}"))
+            fill.spool.fail(CacheFailing(f"pullcache failed: {type(error).__name__}"))
         finally:
             self._ended(fill)
             self._metrics.fills.labels(result).inc()

@@ -38,6 +38,7 @@ class Metrics:
         self.quarantined = counter("quarantined", "Files in the cache directory that were not what they should be.")
         self.stale = counter("stale", "Tags served from the cache because their upstream was failing.", "upstream")
         self.in_flight = gauge("fills_in_flight", "Downloads running now.")
+        self.turned_away = counter("turned_away", "Client connections refused because there were too many.")
         self.connections = gauge("connections", "Client connections open now.")
         self.insecure = gauge("insecure_upstream", "1 where insecureSkipVerify switches TLS verification off.", "upstream")
 

@@ -63,7 +63,7 @@ Reference = Tag | Digest
 
 
 def parse_digest(text: str) -> Digest:
-    """The digest that ``text`` is; raises ``DigestInvalid`` (N10)."""
+    """The digest that ``text`` is; raises ``DigestInvalid``."""
     algorithm, _, digits = text.partition(":")
     pattern = _HEX.get(algorithm)
     if pattern is None or not pattern.fullmatch(digits):
@@ -74,7 +74,7 @@ def parse_digest(text: str) -> Digest:
 
 
 def parse_repository(text: str) -> Repository:
-    """The repository that ``text`` names; raises ``NameInvalid`` (N6, N7)."""
+    """The repository that ``text`` names; raises ``NameInvalid``."""
     if len(text) > REPOSITORY_MAX:
         raise NameInvalid(f"the repository name is longer than {REPOSITORY_MAX} characters")
     if not _REPOSITORY.fullmatch(text):
@@ -87,7 +87,7 @@ def parse_repository(text: str) -> Repository:
 
 
 def parse_tag(text: str) -> Tag:
-    """The tag that ``text`` is; raises ``ManifestUnknown``, since the OCI conformance suite wants 404 (N9, CF4)."""
+    """The tag that ``text`` is; raises ``ManifestUnknown``, since the OCI conformance suite wants 404."""
     if not _TAG.fullmatch(text):
         raise ManifestUnknown("no such manifest: the tag is not valid (at most 128 of A-Z a-z 0-9 _ . -)")
     return Tag(text)
@@ -99,22 +99,22 @@ def parse_reference(text: str) -> Reference:
 
 
 def is_host(text: str) -> bool:
-    """Whether ``text`` is a host with an optional port (N8)."""
+    """Whether ``text`` is a host with an optional port."""
     return bool(_HOST.fullmatch(text))
 
 
 def is_host_like(component: str) -> bool:
-    """Whether the first component of a name is a registry, not a part of a Docker Hub path (N2)."""
+    """Whether the first component of a name is a registry, not a part of a Docker Hub path."""
     return component == "localhost" or "." in component or ":" in component or component != component.lower()
 
 
 def canonical_host(host: str) -> str:
-    """The one name of a registry that has several: Docker Hub's aliases become ``docker.io`` (N4)."""
+    """The one name of a registry that has several: Docker Hub's aliases become ``docker.io``."""
     return DOCKER_HUB if host in DOCKER_HUB_ALIASES else host
 
 
 def qualify(host: str, repository: Repository) -> Repository:
-    """On Docker Hub a name without ``/`` is an official image and lives under ``library/`` (N5)."""
+    """On Docker Hub a name without ``/`` is an official image and lives under ``library/``."""
     return parse_repository(f"library/{repository}") if host == DOCKER_HUB and "/" not in repository else repository
 
 
@@ -129,7 +129,7 @@ class ImageName:
 
     @property
     def reference(self) -> Reference:
-        """What a runtime asks for: the digest if there is one (N12), else the tag."""
+        """What a runtime asks for: the digest if there is one, else the tag."""
         return self.digest or self.tag or DEFAULT_TAG
 
     def __str__(self) -> str:
@@ -139,9 +139,9 @@ class ImageName:
 
 
 def parse_image_name(text: str) -> ImageName:
-    """The image that a user means by ``text``, defaults filled in (N1-N12); raises ``RegistryError`` of what is wrong."""
+    """The image that a user means by ``text``, defaults filled in; raises ``RegistryError`` of what is wrong."""
     if _IMAGE_ID.fullmatch(text):
-        raise NameInvalid("64 hex digits are an image ID, not an image name (N1)")
+        raise NameInvalid("64 hex digits are an image ID, not an image name")
     rest, _, digest_text = text.partition("@")
     digest = parse_digest(digest_text) if "@" in text else None
     first, slash, path = rest.partition("/")

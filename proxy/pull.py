@@ -9,8 +9,9 @@ names it.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,13 +28,15 @@ from proxy.storage.store import Store
 from proxy.threads import Threads
 from proxy.upstream.client import Upstream
 
+log = logging.getLogger(__name__)
+
 Decision = Literal["hit", "revalidated", "miss", "follow", "head", "stale"]
 """hit: held, nobody asked; revalidated: held, upstream said it still is so; miss: fetched; follow: somebody else was
 fetching it; head: upstream told of it; stale: held, upstream was failing."""
 
 BLOB_TYPE = "application/octet-stream"
 _JOIN_WITHIN = 1.0  # seconds: a later caller may have seen a push that an earlier question did not
-_PATIENCE = 20.0
+_PATIENCE = 20.0  # seconds for small content to be whole; containerd 2.3 waits 30 s for headers
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +155,7 @@ class Pull:
         held = self._manifest(digest)
         if held is not None and not self._store.is_linked(target.upstream, target.repository, digest):
             upstream = self._upstreams[target.upstream]
-
-            async def ask() -> None:
-                await upstream.head_manifest(target.repository, digest, "*/*", target.via)
-                await self._threads.run(self._store.link, target.upstream, target.repository, digest)
-
-            await self._proofs.run((target.upstream, target.repository, digest), ask)
+            await self._prove(target, digest, lambda: upstream.head_manifest(target.repository, digest, "*/*", target.via))
         return held
 
     async def _ask_tag(self, target: Target, tag: Tag, accept: Accept) -> _Pointed:
@@ -174,6 +172,8 @@ class Pull:
                 held = await self._get(target, tag, accept)
                 return _Pointed(held.digest, len(held.body), held.media_type)
             await self._set_tag(target, tag, accept, head.digest)
+            if self._store.has(head.digest):
+                await self._link(target, head.digest)  # so the upstream has just said
             return _Pointed(head.digest, head.size, head.media_type)
 
         return await self._heads.run((target.upstream, target.repository, tag, accept.key), ask)
@@ -212,6 +212,7 @@ class Pull:
 
     def _stale(self, target: Target, known: Tagged, failure: UpstreamFailing) -> str:
         self._metrics.stale.labels(target.upstream).inc()
+        log.warning("%s is served stale: %s", target.repository, failure)
         age = max(0, int(time.time() - known.checked))
         return f"served from the cache, last confirmed {age} s ago: {failure}"
 
@@ -268,9 +269,17 @@ class Pull:
         if in_flight == (target.upstream, target.repository) or (in_flight is None and not self._store.has(digest)):
             return
         upstream = self._upstreams[target.upstream]
+        await self._prove(target, digest, lambda: upstream.head_blob(target.repository, digest, target.via))
+
+    async def _prove(self, target: Target, digest: Digest, head: Callable[[], Awaitable[object]]) -> None:
+        """One HEAD for all who wait, by which the upstream says that the content is in that repository."""
 
         async def ask() -> None:
-            await upstream.head_blob(target.repository, digest, target.via)
-            await self._threads.run(self._store.link, target.upstream, target.repository, digest)
+            await head()
+            await self._link(target, digest)
 
         await self._proofs.run((target.upstream, target.repository, digest), ask)
+
+    async def _link(self, target: Target, digest: Digest) -> None:
+        if not self._store.is_linked(target.upstream, target.repository, digest):
+            await self._threads.run(self._store.link, target.upstream, target.repository, digest)

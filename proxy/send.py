@@ -18,7 +18,7 @@ from typing import Any
 from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 
-from proxy.errors import RegistryError, UpstreamBroken
+from proxy.errors import CacheFailing, RegistryError
 from proxy.metrics import Metrics
 from proxy.pull import Answer
 from proxy.ranges import Range, Span
@@ -181,9 +181,9 @@ class _Socket:
             except ConnectionError:
                 raise
             except OSError as error:
-                raise UpstreamBroken(f"the cache directory cannot be read: {error.strerror}") from error
+                raise CacheFailing(f"the cache directory cannot be read: {error.strerror}") from error
             if sent == 0:
-                raise UpstreamBroken("a file in the cache directory was cut short")
+                raise CacheFailing("a file in the cache directory was cut short")
             offset += sent
             await asyncio.sleep(0)  # one client's speed is not another's wait
 

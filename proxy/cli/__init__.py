@@ -1,4 +1,4 @@
-"""The command ``pullcache``: parses, calls, prints, exits. 0 is success, 1 a failure, 2 a wrong configuration or usage."""
+"""The command ``pullcache``: parses, calls, prints, exits. 0 is success; 2: it cannot do that as it was told to."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import click
 
 from proxy import logs
 from proxy.config import Config
+from proxy.names import DOCKER_HUB
 from proxy.serve import CannotStart, serve
 from proxy.storage.catalog import CatalogTooNew
 from proxy.storage.layout import DirectoryUnusable
@@ -21,12 +22,9 @@ def run(config: Config) -> int:
     logs.set_up(config.log.format, config.log.level)
     try:
         asyncio.run(serve(config, announce))
-    except (CannotStart, DirectoryUnusable, CatalogTooNew) as error:
+    except (CannotStart, DirectoryUnusable, CatalogTooNew, OSError) as error:
         click.echo(f"pullcache cannot start: {error}", err=True)
         return 2
-    except OSError as error:
-        click.echo(f"pullcache cannot start: {error}", err=True)
-        return 1
     return 0
 
 
@@ -42,7 +40,8 @@ def announce(config: Config) -> None:
         if upstream.insecure_skip_verify:
             log.warning("upstream %s: insecureSkipVerify is on; whoever is on the line can pose as it", upstream.name)
     log.info("serving on %s, admin on %s, cache in %s", config.listen, config.admin, config.cache.directory)
-    click.echo(guide(config))
+    if config.log.format == "text":
+        click.echo(guide(config))
 
 
 def guide(config: Config) -> str:
@@ -51,17 +50,17 @@ def guide(config: Config) -> str:
     if host in ("", "0.0.0.0", "::"):  # noqa: S104 - told apart, not bound
         host = "THIS-MACHINE"
     url = f"http://{f'[{host}]' if ':' in host else host}:{config.listen.port}"
-    names = ", ".join(upstream.name for upstream in config.upstreams)
-    first = config.default_name or config.upstreams[0].name
+    chosen = next((u for u in config.upstreams if u.name == config.default_name), config.upstreams[0])
+    authority = url.removeprefix("http://")
     lines = [
-        f"pullcache serves {names}",
+        f"pullcache serves {', '.join(upstream.name for upstream in config.upstreams)}",
         "",
-        f"containerd: /etc/containerd/certs.d/{first}/hosts.toml (the same for every registry above; needs config_path)",
-        f'  server = "https://{first}"' if first != "docker.io" else '  server = "https://registry-1.docker.io"',
+        f"containerd: /etc/containerd/certs.d/{chosen.name}/hosts.toml (a folder for each registry; needs config_path)",
+        f'  server = "{chosen.endpoints[0]}"',
         f'  [host."{url}"]',
         '    capabilities = ["pull", "resolve"]',
     ]
-    if config.default_name == "docker.io":
+    if config.default_name == DOCKER_HUB:
         lines += ["", "Docker: /etc/docker/daemon.json, then restart dockerd", f'  {{ "registry-mirrors": ["{url}"] }}']
-    lines += ["", f"any client: {url.removeprefix('http://')}/{first}/REPOSITORY:TAG"]
+    lines += ["", f"any client: {authority}/{chosen.prefix}/REPOSITORY:TAG"]
     return "\n".join(lines)

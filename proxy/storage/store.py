@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-from proxy.errors import RegistryError, UpstreamUnavailable
+from proxy.errors import CacheFailing, RegistryError
 from proxy.manifests import MAX_BYTES, Manifest, ManifestInvalid, parse_manifest
 from proxy.metrics import Metrics
 from proxy.names import Digest, Repository, Tag, parse_repository, parse_tag
@@ -81,7 +81,7 @@ class Store:
             return StoredBlob(digest, descriptor, entry[0])
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise UpstreamUnavailable("pullcache has too many files open; raise its limit (ulimit -n)") from error
+                raise CacheFailing("pullcache has too many files open; raise its limit (ulimit -n)") from error
             log.warning("%s cannot be opened: %s", digest, error)
             return None
         except sqlite3.Error:

@@ -31,7 +31,7 @@ class Challenge:
 
 
 def parse_challenges(lines: Iterable[str]) -> list[Challenge]:
-    """Every challenge of every line, several in one line included (AU1). What cannot be read ends its line."""
+    """Every challenge of every line, several in one line included. What cannot be read ends its line."""
     challenges: list[Challenge] = []
     for line in lines:
         position = 0

@@ -34,7 +34,7 @@ _MAX_TOKEN = 64 * 1024
 _MAX_FIELD = 32 * 1024
 _READ_BUFFER = 256 * 1024
 _CONNECTIONS = 64
-_RESET_DELAYS = (0.0, 0.05, 0.2)  # a connection that is dropped before its answer is tried again
+_TRIES = ((0.0, False), (0.05, False), (0.2, True))  # seconds before each try of a connection, and which is the last
 
 
 class _Connector(aiohttp.TCPConnector):
@@ -131,25 +131,25 @@ class Exchange:
         """A token for that challenge. Token requests are never redirected, and carry nothing of the client's."""
         realm = self._realm(where, bearer)
 
+        there = Where(f"the token server of {where.name}", realm.origin())
+
         async def fetch(url: URL) -> bytes:
             try:
                 async with asyncio.timeout(self._config.timeouts.token):
-                    reply = await self._hop("GET", url, {}, where)
+                    reply = await self._hop("GET", url, {}, there)
                     try:
                         return await self._token_body(reply)
                     finally:
                         reply.close()
             except TimeoutError as error:
-                raise UpstreamUnavailable(f"the token server of {where} did not answer in time") from error
-            except UpstreamUnavailable as error:
-                raise UpstreamUnavailable(f"the token server of {where} failed: {error}") from error
+                raise UpstreamUnavailable(f"{there} did not answer in time") from error
 
         return await self._tokens.get(realm, bearer, repository, fetch)
 
     async def _token_body(self, reply: Reply) -> bytes:
         if reply.status == 200:
             return await reply.body(_MAX_TOKEN)
-        text = f"the token server of {reply.where} answered {reply.status}"
+        text = f"{reply.where} answered {reply.status}"
         if reply.status in (401, 403) and reply.is_json:  # ghcr.io says so of a private repository
             raise Denied(f"{text}; {ANONYMOUS}")
         if reply.status == 429:
@@ -190,14 +190,14 @@ class Exchange:
     async def _hop(self, method: str, url: URL, headers: dict[str, str], where: Where) -> Reply:
         """One request, one answer. What was dropped or garbled before its answer is tried again: GET changes nothing."""
         plain = {"User-Agent": f"pullcache/{__version__}", "Accept-Encoding": "identity"}
-        for remaining, delay in zip(reversed(range(len(_RESET_DELAYS))), _RESET_DELAYS, strict=True):
+        for delay, is_last in _TRIES:
             await asyncio.sleep(delay)
             try:
                 with foreign_errors(where):
                     response = await self._session.request(method, url, headers=plain | headers, allow_redirects=False)
             except RegistryError as error:
                 self._count(method, "error")
-                if remaining and isinstance(error, Dropped | Garbled):
+                if not is_last and isinstance(error, Dropped | Garbled):
                     continue
                 raise
             self._count(method, f"{response.status // 100}xx")

@@ -87,3 +87,16 @@ async def test_the_log_says_how_many_bytes_a_client_was_given(
         await cache.get(f"/v2/team/app/blobs/{digest}")
         await cache.get(f"/v2/team/app/blobs/{digest}", [("Range", "bytes=10-19")])
     assert [record.fields["bytes"] for record in caplog.records if hasattr(record, "fields")] == [len(LAYER), 10]
+
+
+async def test_what_a_tag_was_confirmed_to_be_is_served_by_digest_with_the_upstream_down(
+    cache: RunningCache, registry: ScriptedRegistry
+) -> None:
+    """containerd asks HEAD by tag, then GET by digest; the content may have come from another repository."""
+    image = registry.add_image("team/app", "1", [b"layer"])
+    registry.add_image("team/other", "1", [b"layer"])
+    await cache.get("/v2/team/app/manifests/1")
+    assert (await cache.head("/v2/team/other/manifests/1")).status == 200
+    await registry.stop()
+    for reference in ("1", image.digest):
+        assert (await cache.get(f"/v2/team/other/manifests/{reference}")).body == image.data

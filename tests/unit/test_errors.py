@@ -20,6 +20,7 @@ EXPECTED = {
     "RequestTooLarge": ("SIZE_INVALID", 413),
     "RequestInvalid": ("UNSUPPORTED", 400),
     "LoopDetected": ("UNAVAILABLE", 508),
+    "CacheFailing": ("UNAVAILABLE", 503),
     "UpstreamFailing": ("UNKNOWN", 500),
     "UpstreamUnavailable": ("UNAVAILABLE", 503),
     "UpstreamBroken": ("UNKNOWN", 502),
