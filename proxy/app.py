@@ -53,10 +53,10 @@ async def build(config: Config) -> AsyncIterator[Cache]:
     metrics = Metrics()
     instance = f"pullcache-{secrets.token_hex(8)}"
     async with AsyncExitStack() as stack:
-        threads = Threads()
-        stack.callback(threads.close)
         store = Store.open(config.cache.directory, metrics)
         stack.callback(store.close)
+        threads = Threads()
+        stack.callback(threads.close)  # before the store: what runs in a thread uses it
         upstreams = {}
         for settings in config.upstreams:
             upstreams[settings.name] = Upstream(settings, metrics, instance)

@@ -144,8 +144,11 @@ class Fill:
         skip = spool.received - stream.offset  # the whole content may come where its rest was asked for
         limit = self._limit if spool.size is None else spool.size
         self._restart_floor()
+        skip_end = asyncio.get_running_loop().time() + _STUCK
         while data := await self._read(stream):
             if skip:
+                if asyncio.get_running_loop().time() > skip_end:
+                    raise UpstreamUnavailable(f"the upstream repeats what is here of {spool.digest}, too slowly")
                 data, skip = data[skip:], max(0, skip - len(data))
                 if not data:
                     continue
@@ -199,18 +202,26 @@ class Fetcher:
         return fill.origin if fill else None
 
     def join(
-        self, digest: Digest, origin: Origin, source: Source, *, size: int | None, start: int, floor: float
+        self,
+        digest: Digest,
+        origin: Origin,
+        source: Source,
+        *,
+        size: int | None,
+        start: int,
+        floor: float,
+        own: bool = False,
     ) -> SpoolReader:
         """A reader of the download of ``digest``, which begins now unless it is in flight.
 
         ``size``: as a manifest states it, if one does. ``start``: the first byte that the client wants. A client that
         comes back for the rest of content whose download has just failed is refused, so that it goes on elsewhere; one
-        that begins anew is not.
+        that begins anew is not. ``own``: not a download of another origin, which has just failed this client.
         """
         if start > 0 and (reason := self._failed.get((digest, origin))) is not None:
             raise UpstreamBroken(f"the download failed a moment ago: {reason}")
         fill = self._fills.get(digest)
-        if fill is not None and fill.spool.serves(start):
+        if fill is not None and (fill.origin == origin or not own) and fill.spool.serves(start):
             self._metrics.followers.inc()
             return fill.spool.attach(start)
         spool = Spool(digest, self._store.spool())

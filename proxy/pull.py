@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from proxy.errors import ManifestUnknown, UpstreamBroken, UpstreamFailing
+from proxy.errors import ManifestUnknown, RegistryError, UpstreamBroken, UpstreamFailing
 from proxy.fetch import VERIFIED_FIRST, Fetcher, Stream
 from proxy.manifests import ManifestInvalid, parse_manifest
 from proxy.metrics import Metrics
@@ -117,7 +117,10 @@ class Pull:
             head = await self._ask_tag(target, reference, accept)
             if head.digest == held.digest:
                 return held.answer("revalidated", by_tag=True)
-            fresh = self._manifest(head.digest) or await self._get(target, head.digest, accept)
+            try:
+                fresh = self._manifest(head.digest) or await self._get(target, head.digest, accept)
+            except ManifestUnknown as error:
+                raise UpstreamBroken(f"{target.upstream} contradicts itself: {error}") from error
             return fresh.answer("miss", by_tag=True)
         except UpstreamFailing as failure:
             return held.answer("stale", by_tag=True, warning=self._stale(target, known, failure))
@@ -155,7 +158,15 @@ class Pull:
         held = self._manifest(digest)
         if held is not None and not self._store.is_linked(target.upstream, target.repository, digest):
             upstream = self._upstreams[target.upstream]
-            await self._prove(target, digest, lambda: upstream.head_manifest(target.repository, digest, "*/*", target.via))
+
+            async def head() -> None:
+                told = await upstream.head_manifest(target.repository, digest, "*/*", target.via)
+                if not told.is_told or told.digest != digest:  # 405, a login page, no word of which: only bytes tell
+                    answer = await upstream.get_manifest(target.repository, digest, "*/*", target.via)
+                    if not digest.matches(answer.body):
+                        raise self._mismatch(target, f"sent another manifest than {digest}")
+
+            await self._prove(target, digest, head)
         return held
 
     async def _ask_tag(self, target: Target, tag: Tag, accept: Accept) -> _Pointed:
@@ -222,8 +233,11 @@ class Pull:
 
     # -- blobs -------------------------------------------------------------------------------------------------------
 
-    async def blob(self, target: Target, digest: Digest, start: int) -> Answer:
-        """A blob, to be read from about ``start`` on; raises ``RegistryError``."""
+    async def blob(self, target: Target, digest: Digest, start: int, *, own: bool = False) -> Answer:
+        """A blob, to be read from about ``start`` on; raises ``RegistryError``.
+
+        ``own``: another repository's download of it has just failed; this one's own is begun.
+        """
         origin = (target.upstream, target.repository)
         await self._may_read(target, digest)
         # From here to join there is no await: what ends being in flight is held before it leaves the table.
@@ -234,7 +248,8 @@ class Pull:
         async def source(offset: int, attempt: int) -> Stream:
             return await upstream.open_blob(target.repository, digest, offset, attempt, target.via)
 
-        decision: Decision = "miss" if self._fetcher.origin(digest) is None else "follow"
+        followed = self._fetcher.origin(digest)
+        decision: Decision = "miss" if followed is None else "follow"
         reader = self._fetcher.join(
             digest,
             origin,
@@ -242,9 +257,15 @@ class Pull:
             size=self._store.size_of(*origin, digest),
             start=start,
             floor=upstream.config.timeouts.progress,
+            own=own,
         )
         try:
             await reader.ready(VERIFIED_FIRST, _PATIENCE)
+        except RegistryError:
+            reader.close()
+            if own or followed in (None, origin):
+                raise
+            return await self.blob(target, digest, start, own=True)  # another repository's failure is not this one's
         except BaseException:
             reader.close()
             raise
@@ -269,9 +290,16 @@ class Pull:
         if in_flight == (target.upstream, target.repository) or (in_flight is None and not self._store.has(digest)):
             return
         upstream = self._upstreams[target.upstream]
-        await self._prove(target, digest, lambda: upstream.head_blob(target.repository, digest, target.via))
 
-    async def _prove(self, target: Target, digest: Digest, head: Callable[[], Awaitable[object]]) -> None:
+        async def head() -> None:
+            told = await upstream.head_blob(target.repository, digest, target.via)
+            held = self._store.held_size(digest)
+            if held is not None and told != held:  # the 200 of a login page is no yes
+                raise self._mismatch(target, f"says that {digest} has {told} bytes, and it has {held}")
+
+        await self._prove(target, digest, head)
+
+    async def _prove(self, target: Target, digest: Digest, head: Callable[[], Awaitable[None]]) -> None:
         """One HEAD for all who wait, by which the upstream says that the content is in that repository."""
 
         async def ask() -> None:

@@ -94,15 +94,25 @@ async def send(request: web.BaseRequest, answer: Answer, asked: Range | None, me
     elif request.version < HttpVersion11:
         response.force_close()
     await response.prepare(request)
+    closes = length is None and request.version < HttpVersion11
+    if closes:
+        _linger(request, on=True)  # until the whole is sent, whatever ends the connection resets it
     try:
         whole = Span(0, length) if length is not None else None
         await _send_body(request, response, answer.content, span or whole, metrics)
     except RegistryError as error:
         metrics.aborted.inc()
-        cut(request, reset=length is None and request.version < HttpVersion11)
+        cut(request, reset=closes)
         raise BodyCut(str(error)) from error
-    await response.write_eof()
+    if closes:
+        _linger(request, on=False)
     return response
+
+
+def _linger(request: web.BaseRequest, *, on: bool) -> None:
+    if request.transport is not None:
+        option = struct.pack("ii", int(on), 0)
+        request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
 
 
 def cut(request: web.BaseRequest, *, reset: bool) -> None:
@@ -141,12 +151,16 @@ async def _send_body(
             elif stop is None:  # the length is not known: chunks, which aiohttp frames
                 for offset in range(piece.offset, piece.offset + piece.count, _CHUNK):
                     count = min(_CHUNK, piece.offset + piece.count - offset)
-                    await wire.patiently(response.write(os.pread(piece.descriptor, count, offset)))
+                    if len(data := os.pread(piece.descriptor, count, offset)) != count:
+                        raise CacheFailing("a file in the cache directory was cut short")
+                    await wire.patiently(response.write(data))
             else:
                 await wire.send_file(piece)
             count = len(piece) if isinstance(piece, bytes) else piece.count
             request[BODY_BYTES] = request.get(BODY_BYTES, 0) + count
             metrics.sent_bytes.inc(count)
+        await wire.patiently(response.write_eof())
+        await wire.patiently(request.writer.drain())  # aiohttp leaves what is below 64 KiB an answer in its buffer
 
 
 class _Socket:

@@ -40,7 +40,9 @@ async def serve(config: Config, announce: Callable[[Config], None]) -> None:
         loop.add_signal_handler(number, stop.set)
     async with app.build(config) as cache:
         admin_runner = web.ServerRunner(admin.listener(cache.metrics, lambda: not stop.is_set()), shutdown_timeout=1)
-        runner = web.ServerRunner(cache.listener, shutdown_timeout=GRACE_SECONDS)
+        runner = web.ServerRunner(
+            cache.listener, shutdown_timeout=GRACE_SECONDS / 2
+        )  # spent twice: on the answer, then on its connection
         try:
             await _listen(admin_runner, config.admin, "admin")
             await _listen(runner, config.listen, "listen")

@@ -92,6 +92,11 @@ class Store:
         """Whether the content is held."""
         return self._read(lambda: self._catalog.blob(digest)) is not None
 
+    def held_size(self, digest: Digest) -> int | None:
+        """Bytes of content that is held."""
+        entry = self._read(lambda: self._catalog.blob(digest))
+        return entry[0] if entry else None
+
     def manifest(self, digest: Digest) -> tuple[bytes, str] | None:
         """Bytes and media type of a manifest that is held."""
         entry = self._read(lambda: self._catalog.blob(digest))

@@ -33,7 +33,7 @@ _LOCATION = re.compile(r"[!-~]{1,16384}", re.ASCII)  # it becomes a request line
 _MAX_TOKEN = 64 * 1024
 _MAX_FIELD = 32 * 1024
 _READ_BUFFER = 256 * 1024
-_CONNECTIONS = 64
+_CONNECTIONS = 1024  # a slow download must not keep a tag's question waiting
 _TRIES = ((0.0, False), (0.05, False), (0.2, True))  # seconds before each try of a connection, and which is the last
 
 
@@ -136,7 +136,7 @@ class Exchange:
         async def fetch(url: URL) -> bytes:
             try:
                 async with asyncio.timeout(self._config.timeouts.token):
-                    reply = await self._hop("GET", url, {}, there)
+                    reply = await self._hop("GET", url, {}, there, again=(Dropped,))
                     try:
                         return await self._token_body(reply)
                     finally:
@@ -187,7 +187,14 @@ class Exchange:
             raise UpstreamBroken(f"{where} redirects to what is no address on {endpoint.scheme}; this is not followed")
         return target.with_fragment(None)
 
-    async def _hop(self, method: str, url: URL, headers: dict[str, str], where: Where) -> Reply:
+    async def _hop(
+        self,
+        method: str,
+        url: URL,
+        headers: dict[str, str],
+        where: Where,
+        again: tuple[type[RegistryError], ...] = (Dropped, Garbled),
+    ) -> Reply:
         """One request, one answer. What was dropped or garbled before its answer is tried again: GET changes nothing."""
         plain = {"User-Agent": f"pullcache/{__version__}", "Accept-Encoding": "identity"}
         for delay, is_last in _TRIES:
@@ -197,7 +204,7 @@ class Exchange:
                     response = await self._session.request(method, url, headers=plain | headers, allow_redirects=False)
             except RegistryError as error:
                 self._count(method, "error")
-                if not is_last and isinstance(error, Dropped | Garbled):
+                if not is_last and isinstance(error, again):
                     continue
                 raise
             self._count(method, f"{response.status // 100}xx")

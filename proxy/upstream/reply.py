@@ -161,12 +161,14 @@ class Reply:
             return
         said = await self._said()
         text = f"{where} answered {status}{f': {said.text}' if said.text else ''}"
+        if status == 404 and self.media_type.startswith("text/") and self._response.method == "HEAD":
+            raise UpstreamBroken(f"{text}, which is no registry's answer; is it up behind its proxy?")
         if status == 404:
             unknown.message += f" ({said.text})" if said.text else ""
             raise unknown
         if status in (401, 403) and self.is_own and said.is_registry:
             raise Denied(f"{text}; {ANONYMOUS}")
-        if status == 416:
+        if status == 416 and "Range" in self._response.request_info.headers:
             raise RangeInvalid(text)
         if status == 429:
             after = self.headers.get("Retry-After", "")
