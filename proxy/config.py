@@ -11,18 +11,29 @@ import ipaddress
 import os
 import re
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import aiofiles
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
 from proxy.logs import LogFormat, LogLevel
-from proxy.names import DOCKER_HUB, canonical_host, is_host, is_host_like
+from proxy.names import DOCKER_HUB, canonical_host
+from proxy.values import (
+    Address,
+    Directory,
+    Duration,
+    Endpoint,
+    Listener,
+    Network,
+    PathPrefix,
+    Quantity,
+    TokenHost,
+    UpstreamName,
+)
 
 
 class ConfigError(Exception):
@@ -31,116 +42,6 @@ class ConfigError(Exception):
     def __init__(self, faults: list[str]) -> None:
         super().__init__("\n".join(faults))
         self.faults = faults
-
-
-_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h))+", re.ASCII)
-_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)", re.ASCII)
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-_QUANTITY = re.compile(r"(\d+)(|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)", re.ASCII)
-_UNITS = {unit: 1000**n for n, unit in enumerate(["", "k", "M", "G", "T", "P"])} | {
-    unit: 1024**n for n, unit in enumerate(["Ki", "Mi", "Gi", "Ti", "Pi"], start=1)
-}
-
-
-def parse_duration(value: object) -> object:
-    """Seconds of a duration such as ``10s``, ``1m30s`` or ``250ms`` (Go's ``time.ParseDuration``)."""
-    if isinstance(value, str) and _DURATION.fullmatch(value):
-        return sum(float(number) * _SECONDS[unit] for number, unit in _DURATION_PART.findall(value))
-    raise ValueError("not a duration; write for example 10s, 250ms or 1m30s")
-
-
-def parse_quantity(value: object) -> object:
-    """Bytes of a quantity such as ``50Gi`` or ``500M`` (Kubernetes ``resource.Quantity``, whole numbers)."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError("not a quantity; write for example 50Gi or 500M")
-    return int(match[1]) * _UNITS[match[2]]
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a listener is bound. An empty host is every interface."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach it."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
-
-
-def parse_address(value: object) -> object:
-    """The address of a listener: ``host:port``, ``[ipv6]:port`` or ``:port``."""
-    if isinstance(value, Address):
-        return value
-    host, colon, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535 or (":" in bare and bare == host):
-        raise ValueError("not an address; write for example 127.0.0.1:5000, [::1]:5000 or :5000")
-    return Address(bare, int(port))
-
-
-def _endpoint(value: str) -> str:
-    try:
-        url = urlsplit(value)  # which drops line breaks without a word
-        port_is_valid = value.isprintable() and (url.port is None or 0 < url.port < 65536)
-    except ValueError:
-        port_is_valid = False
-    if not port_is_valid or url.scheme not in ("http", "https") or not is_host(url.netloc.rpartition("@")[2]):
-        raise ValueError("not an endpoint; write for example https://registry-1.docker.io")
-    if url.username is not None or url.password is not None or url.query or url.fragment:
-        raise ValueError("an endpoint is scheme, host, port and path only; credentials do not belong into it")
-    return value.rstrip("/")
-
-
-def _upstream_name(value: str) -> str:
-    if not is_host(value) or not is_host_like(value) or value != value.lower():
-        raise ValueError("not a registry host; write the name as images have it, for example ghcr.io or registry.corp:5000")
-    return canonical_host(value)
-
-
-def _token_host(value: str) -> str:
-    if not is_host(value):
-        raise ValueError("not a host; write for example auth.corp or auth.corp:5001, without a scheme")
-    return value.lower()
-
-
-def _absolute(value: Path) -> Path:
-    return value.expanduser().absolute()
-
-
-def _path_prefix(value: str) -> str:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", value, re.ASCII):
-        raise ValueError("not a path prefix; one component of a-z 0-9 . _ -")
-    return value
-
-
-def parse_network(value: object) -> object:
-    """A network in CIDR notation; one address is a network of its own."""
-    try:
-        return ipaddress.ip_network(str(value))
-    except ValueError as error:
-        raise ValueError(f"not a network; write for example 10.0.0.0/8 ({error})") from error
-
-
-Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, le=3600)]
-Quantity = Annotated[int, BeforeValidator(parse_quantity)]
-TokenHost = Annotated[str, AfterValidator(_token_host)]
-Listener = Annotated[Address, BeforeValidator(parse_address)]
-Endpoint = Annotated[str, AfterValidator(_endpoint)]
-AnyNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
-Network = Annotated[AnyNetwork, BeforeValidator(parse_network)]
 
 
 class _Section(BaseModel):
@@ -164,8 +65,8 @@ class Timeouts(_Section):
 class UpstreamConfig(_Section):
     """A registry that is cached."""
 
-    name: Annotated[str, AfterValidator(_upstream_name)]
-    path_prefix: Annotated[str, AfterValidator(_path_prefix)] | None = None
+    name: UpstreamName
+    path_prefix: PathPrefix | None = None
     endpoints: list[Endpoint] = Field(default_factory=list)
     ca_file: Path | None = None
     insecure_skip_verify: bool = False
@@ -231,7 +132,7 @@ def _default_directory() -> Path:
 class CacheConfig(_Section):
     """Where content is kept."""
 
-    directory: Annotated[Path, AfterValidator(_absolute)] = Field(default_factory=_default_directory)
+    directory: Directory = Field(default_factory=_default_directory)
     max_blob_size: Quantity = Field(default="128Gi", description="larger blobs are refused")  # type: ignore[assignment]
 
 

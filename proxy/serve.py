@@ -10,7 +10,8 @@ from collections.abc import Callable
 from aiohttp import http_parser, http_writer, web
 
 from proxy import admin, app
-from proxy.config import Address, Config
+from proxy.config import Config
+from proxy.values import Address
 
 log = logging.getLogger(__name__)
 

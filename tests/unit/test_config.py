@@ -11,17 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from proxy.config import (
-    PUBLIC_REGISTRIES,
-    Address,
-    Config,
-    ConfigError,
-    keys,
-    load,
-    parse_duration,
-    parse_quantity,
-    validate,
-)
+from proxy.config import PUBLIC_REGISTRIES, Config, ConfigError, keys, load, validate
+from proxy.values import Address, parse_duration, parse_quantity
 
 
 def faults_of(raw: object) -> list[str]:

@@ -29,6 +29,7 @@ ROWS = (
     {"spool"},
     {"policy", "upstream/*", "storage/*"},
     {"config", "manifests"},
+    {"values"},
     {"names", "ranges", "once", "threads"},
     {"errors", "logs", "metrics"},
     {"__init__"},
@@ -40,7 +41,7 @@ FOREIGN = {
     "sqlite3": {"storage/*"},
     "click": {"cli/*"},
     "yaml": {"config"},
-    "pydantic": {"config"},
+    "pydantic": {"config", "values"},
     "prometheus_client": {"metrics", "upstream/*"},
     "ssl": {"upstream/*"},
 }
