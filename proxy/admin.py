@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from proxy.edge import Listener
+from proxy.listener import Listener
 from proxy.metrics import Metrics
 from proxy.send import COMMON_HEADERS
 

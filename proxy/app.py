@@ -9,9 +9,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from proxy.config import Config
-from proxy.edge import Edge, Listener, Route
+from proxy.edge import Edge, Route
 from proxy.fetch import Fetcher
 from proxy.handlers import Handlers
+from proxy.listener import Listener
 from proxy.metrics import Metrics
 from proxy.policy import Routes
 from proxy.pull import Pull

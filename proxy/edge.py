@@ -1,7 +1,4 @@
-"""Outermost: every request passes here once, in and out.
-
-Bounds on what a client may send and hold, the method, the path's route, errors to JSON, one log line, the counters.
-"""
+"""Every request passes here once, in and out: method, route, errors to JSON, one log line, the counters."""
 
 from __future__ import annotations
 
@@ -11,12 +8,9 @@ import logging
 import re
 import secrets
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from aiohttp import web
-from aiohttp.web_protocol import RequestHandler
 
 from proxy.errors import NameUnknown, RegistryError, RequestInvalid, RequestTooLarge, Unsupported
 from proxy.handlers import DECISION, Handler
@@ -27,10 +21,6 @@ from proxy.send import BODY_BYTES, COMMON_HEADERS, BodyCut, cut
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("proxy.access")
 
-HEADER_SECONDS = 15.0
-IDLE_SECONDS = 60.0
-MAX_CONNECTIONS = 4096
-MAX_PER_ADDRESS = 256
 _MAX_IGNORED_BODY = 64 * 1024
 _BODY_SECONDS = 10.0
 _PRIVATE = COMMON_HEADERS | {"Cache-Control": "private, no-store", "Vary": "Authorization, Accept"}
@@ -62,7 +52,7 @@ class Edge:
         except RegistryError as failure:
             status, error = str(failure.status), failure.message
             request[DECISION] = "error"
-            response = _render(failure, identity)
+            response = render(failure, identity)
             if isinstance(failure, RequestTooLarge | RequestInvalid):
                 response.force_close()
         except BodyCut as failure:
@@ -80,7 +70,7 @@ class Edge:
             if request.writer.output_size > 0:
                 cut(request, reset=True)
                 raise ConnectionResetError("failed after its headers") from failure
-            response = _render(RegistryError("pullcache failed; its log tells more under this request's id"), identity)
+            response = render(RegistryError("pullcache failed; its log tells more under this request's id"), identity)
         finally:
             self._metrics.requests.labels(kind, request[DECISION], status).inc()
             self._log(request, identity, status, error, time.monotonic() - began)
@@ -130,104 +120,10 @@ async def _ignore_body(request: web.BaseRequest) -> None:
         raise RequestTooLarge("the request's body did not come in time; none is needed") from error
 
 
-def _render(error: RegistryError, identity: str) -> web.Response:
+def render(error: RegistryError, identity: str) -> web.Response:
     """The JSON of an error (OCI distribution spec, "Error Codes"); the input is not repeated in it."""
     body = {"errors": [{"code": error.code, "message": printable(error.message, 1024), "detail": {"request": identity}}]}
     headers = _PRIVATE | {"X-Request-Id": identity} | error.headers
     return web.Response(
         status=error.status, body=json.dumps(body).encode(), content_type="application/json", headers=headers
     )
-
-
-class _Connection(RequestHandler):
-    """One client connection, with a deadline for each header block and our own page for what is not HTTP."""
-
-    __slots__ = ("_deadline",)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._deadline: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._expect()
-
-    def data_received(self, data: bytes) -> None:
-        if self._deadline is None and self._current_request is None:
-            self._expect()
-        super().data_received(data)
-        if self._messages or self._current_request is not None:
-            self._forget()
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._forget()
-        super().connection_lost(exc)
-
-    def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
-        """aiohttp's own page would quote the header that is at fault, credentials included."""
-        if request.writer.output_size > 0:
-            raise ConnectionError("failed after its headers")
-        fault = RequestInvalid("the request is not valid HTTP") if status == 400 else RegistryError("pullcache failed")
-        if status != 400:
-            log.error("a request failed outside its handler", exc_info=exc)
-        response = _render(fault, "-")
-        response.force_close()
-        return response
-
-    def _expect(self) -> None:
-        self._deadline = asyncio.get_running_loop().call_later(HEADER_SECONDS, self._late)
-
-    def _late(self) -> None:
-        self._deadline = None
-        if self._current_request is None and self.transport is not None:
-            self.transport.abort()
-
-    def _forget(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-
-class Listener(web.Server):
-    """aiohttp's low-level server with bounds: connections in all and for each address, sizes, idle time."""
-
-    def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], metrics: Metrics) -> None:
-        super().__init__(
-            handler,
-            handler_cancellation=True,
-            access_log=None,
-            keepalive_timeout=IDLE_SECONDS,
-            lingering_time=0,
-            max_line_size=8190,
-            max_field_size=16 * 1024,
-            max_headers=64,
-            auto_decompress=False,
-        )
-        self._metrics = metrics
-        self._addresses: Counter[str] = Counter()
-        self._open: dict[object, str] = {}
-
-    def __call__(self) -> RequestHandler:
-        return _Connection(self, loop=self._loop, **self._kwargs)
-
-    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
-        """Counts a connection in, or turns it away."""
-        super().connection_made(handler, transport)
-        address = str((transport.get_extra_info("peername") or ("",))[0])
-        self._open[handler] = address
-        self._addresses[address] += 1
-        self._metrics.connections.inc()
-        if len(self._open) > MAX_CONNECTIONS or self._addresses[address] > MAX_PER_ADDRESS:
-            self._metrics.turned_away.inc()
-            transport.abort()
-
-    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
-        """Counts a connection out."""
-        super().connection_lost(handler, exc)
-        if (address := self._open.pop(handler, None)) is not None:
-            self._metrics.connections.dec()
-            self._addresses[address] -= 1
-            if not self._addresses[address]:
-                del self._addresses[address]

@@ -14,7 +14,7 @@ import pytest
 from proxy import fetch as fetching
 from proxy import send as sending
 from proxy.config import validate
-from proxy.edge import _Connection
+from proxy.listener import Connection
 from tests.blackbox.oracle import LARGE, blob_of, blob_path, manifest_path, pulls_well, vouched_wrongly
 from tests.conftest import RunningCache, StartCache, running, settings, upstream
 from tests.fakes import answers
@@ -100,7 +100,7 @@ async def test_answers_to_a_client_that_does_not_read_are_not_heaped_up(
     await pulls_well(cache, path, image.data)
 
     def heap() -> int:
-        open_now = [one.transport for one in gc.get_objects() if isinstance(one, _Connection) and one.transport]
+        open_now = [one.transport for one in gc.get_objects() if isinstance(one, Connection) and one.transport]
         return sum(transport.get_write_buffer_size() for transport in open_now)
 
     wire = await open_wire(cache.host, cache.port, receive_buffer=4096)

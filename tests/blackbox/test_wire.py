@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from proxy import edge, logs, send
+from proxy import listener, logs, send
 from tests.conftest import RunningCache, settings
 from tests.fakes.answers import oci_error, too_many_requests, with_headers
 from tests.fakes.client import NoResponse, fetch, finish, open_stream, open_wire, raw_exchange, read_head
@@ -221,7 +221,7 @@ async def test_t41_a_media_type_that_is_none_of_a_manifest_does_not_reach_client
 async def test_t42_a_header_that_does_not_end_is_cut_while_others_are_served(
     cache: RunningCache, monkeypatch: pytest.MonkeyPatch, start: bytes, earlier: bool
 ) -> None:
-    monkeypatch.setattr(edge, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(listener, "HEADER_SECONDS", 0.3)
     async with await open_wire(cache.host, cache.port) as wire:
         if earlier:
             await wire.send(ONE + b"\r\n")
@@ -261,7 +261,7 @@ async def test_t42_a_reader_that_takes_nothing_is_cut_and_counted_while_others_a
 async def test_t42_connections_beyond_the_bound_are_turned_away_and_those_before_are_served(
     cache: RunningCache, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
-    monkeypatch.setattr(edge, bound, 5)
+    monkeypatch.setattr(listener, bound, 5)
     wires = [await open_wire(cache.host, cache.port) for _ in range(5)]
     for _ in range(3):
         for wire in wires:

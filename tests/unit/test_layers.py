@@ -21,6 +21,7 @@ ROWS = (
     {"serve"},
     {"app"},
     {"admin"},
+    {"listener"},
     {"edge"},  # edge stands above handlers: it calls them, and takes DECISION and Handler from there
     {"handlers"},
     {"send"},  # sends what pull answers
@@ -37,7 +38,7 @@ ROWS = (
 """From the outside in. Where the design has 'edge' and 'send' in one row with 'pull', this is what they came to be."""
 
 FOREIGN = {
-    "aiohttp": {"upstream/*", "send", "edge", "handlers", "admin", "app", "serve"},
+    "aiohttp": {"upstream/*", "send", "listener", "edge", "handlers", "admin", "app", "serve"},
     "sqlite3": {"storage/*"},
     "click": {"cli/*"},
     "yaml": {"config"},
