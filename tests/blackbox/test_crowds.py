@@ -176,7 +176,7 @@ NEWCOMERS = {
 async def test_whoever_joins_a_download_that_cannot_be_saved_gets_right_bytes(
     cache: RunningCache, registry: ScriptedRegistry, small_disk: None, newcomer: str, framing: str, at: int
 ) -> None:
-    """F45, design section 1: a window in memory stands in for the file; who comes after its beginning is not misled."""
+    """F45: a window in memory stands in for the file; who comes after its beginning is not misled."""
     data = blob_of("window", 24 * MI)
     path = blob_path(registry.add_blob(REPO, data))
     go_on = asyncio.Event()

@@ -82,7 +82,7 @@ async def test_two_valid_blobs_that_are_swapped_are_both_refused(cache: RunningC
 async def test_a_client_that_comes_back_for_the_rest_of_a_wrong_blob_is_sent_elsewhere(
     cache: RunningCache, registry: ScriptedRegistry
 ) -> None:
-    """T27: design section 1; else a runtime would splice a good end to the wrong beginning that it has."""
+    """T27; else a runtime would splice a good end to the wrong beginning that it has."""
     data = blob_of("splice", LARGE)
     path = blob_path(registry.add_blob(REPO, data))
     registry.script("GET", path, answers.flip_bit(5))
@@ -98,7 +98,7 @@ async def test_a_client_that_comes_back_for_the_rest_of_a_wrong_blob_is_sent_els
 async def test_every_range_with_the_last_byte_is_vouched_for(
     cache: RunningCache, registry: ScriptedRegistry, asked: str
 ) -> None:
-    """T27: the promise of design section 1 for ranges."""
+    """T27: what is promised of ranges (docs/threats.md)."""
     data = blob_of("range", LARGE)
     path = blob_path(registry.add_blob(REPO, data))
     registry.script("GET", path, answers.flip_bit(-1))
@@ -268,7 +268,7 @@ async def test_a_manifest_that_could_be_read_in_two_ways_is_refused(
 async def test_a_generic_type_gives_way_to_that_of_the_body(
     cache: RunningCache, registry: ScriptedRegistry, sent: str | None, inner: str | None
 ) -> None:
-    """T30, design section 9; without any type the body's form decides."""
+    """T30; without any type the body's form decides."""
     data = json.dumps(document(mediaType=inner)).encode()
     digest = registry.add_manifest(REPO, data, sent or OCI_MANIFEST, "1")
     if sent is None:

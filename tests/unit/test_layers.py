@@ -35,7 +35,7 @@ ROWS = (
     {"errors", "logs", "metrics"},
     {"__init__"},
 )
-"""From the outside in. Where the design has 'edge' and 'send' in one row with 'pull', this is what they came to be."""
+"""From the outside in."""
 
 FOREIGN = {
     "aiohttp": {"upstream/*", "send", "listener", "edge", "handlers", "admin", "app", "serve"},

@@ -1,4 +1,4 @@
-"""Names: the grammars of semantics.md 1.1 (N1-N12), and that no hostile text passes them or holds the interpreter."""
+"""Names: the grammars of image names, and that no hostile text passes them or holds the interpreter."""
 
 from __future__ import annotations
 
