@@ -135,7 +135,7 @@ def cases(seed: int, count: int) -> list[Case]:
 
 
 def unprovable(answer: WireResponse) -> bool:
-    """Whether it is excepted (docs/threats.md, "What is not promised"): of content that claims to be large, a range that ends before the last byte."""
+    """Whether docs/threats.md excepts it: of content that claims to be large, a range that ends before the last byte."""
     span = re.fullmatch(r"bytes \d+-(\d+)/(\d+)", answer.headers.get("Content-Range") or "")
     return answer.status == 206 and span is not None and int(span[2]) > MI and int(span[1]) < int(span[2]) - 1
 
