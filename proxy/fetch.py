@@ -1,6 +1,7 @@
 """Downloads: one for each digest, whoever and however many ask for it.
 
-The only mutable state is the table of downloads in flight, and it changes in ``join`` and ``_ended`` alone. A download
+The table of downloads in flight changes in ``join`` and ``_ended`` alone; beside it only failures are remembered. A second
+download of a digest runs where the first cannot serve a reader: its window has moved on, or it has just failed. A fill
 (``Fill``) is a task of its own: it outlives the clients that follow it, and none of them can slow it. It knows nothing of
 registries: a *source* is whatever can open the content as a stream at an offset.
 
