@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import stat
 import threading
 import time
 from pathlib import Path
@@ -120,13 +121,14 @@ async def test_a_stop_while_something_is_being_saved_ends(
     real, saving = os.fsync, threading.Event()
 
     def slow(descriptor: int) -> None:
-        saving.set()
         real(descriptor)
-        time.sleep(0.3)
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):  # the file has its name; what is left is the catalog
+            saving.set()
+        time.sleep(1)
 
     image = registry.add_image("team/app", "1", [b"layer"])
     path = manifest_path(image.digest)
-    watchdog = threading.Timer(20, lambda: os._exit(3))  # a loop that is blocked can raise nothing
+    watchdog = threading.Timer(12, lambda: os._exit(3))  # a loop that is blocked can raise nothing
     watchdog.start()
     try:
         async with running(validate(settings(tmp_path / "cache", upstream(registry)))) as cache:
@@ -135,6 +137,9 @@ async def test_a_stop_while_something_is_being_saved_ends(
             await wire.send(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
             await asyncio.to_thread(saving.wait, 10)
             await wire.abort()
+            async with asyncio.timeout(10):
+                while cache.metric("connections"):  # the cache has to know that nobody waits for it any more
+                    await asyncio.sleep(0.005)
     finally:
         watchdog.cancel()
 
