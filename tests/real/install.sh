@@ -9,6 +9,10 @@ docker-registry:docker-registry
 skopeo:skopeo
 containerd:containerd
 ctr:containerd
+podman:podman
+dockerd:docker.io
+docker:docker.io
+buildah:buildah
 mmdebstrap:mmdebstrap
 strace:strace
 faketime:faketime

@@ -2,119 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
-from . import image as real_image
 from .image import RealImage
+from .pulls import UPSTREAM, assert_content, assert_layout, known_without_upstream, once, reference
 from .services import (
     COMMAND_SECONDS,
-    REPOSITORY,
     Containerd,
     DockerRegistry,
     Pullcache,
     missing,
-    pullcache_config,
     skopeo_pull,
     skopeo_pull_command,
     wait_until,
 )
 
-UPSTREAM = "registry.test"
-NAME = "debian/real"
-TAG = real_image.TAG
-IMAGE_CACHE = REPOSITORY / ".cache" / "real-image"
-
 _no_skopeo = missing("docker-registry", "skopeo")
 _no_ctr = missing("docker-registry", "skopeo", "containerd", "ctr", root=True)
 needs_skopeo = pytest.mark.skipif(_no_skopeo is not None, reason=str(_no_skopeo))
 needs_ctr = pytest.mark.skipif(_no_ctr is not None, reason=str(_no_ctr))
-
-
-@pytest.fixture(scope="session")
-def image() -> RealImage:
-    """The image, made on first use."""
-    reason = real_image.missing(IMAGE_CACHE)
-    if reason is not None:
-        pytest.skip(reason)
-    return real_image.build(IMAGE_CACHE)
-
-
-@pytest.fixture(scope="session")
-def data(image: RealImage) -> Iterator[Path]:
-    """The data of a registry to which the image was pushed."""
-    with tempfile.TemporaryDirectory(prefix="upstream-") as name:
-        with DockerRegistry(Path(name)) as registry:
-            registry.push(image.layout, f"{NAME}:{TAG}")
-        yield registry.data
-
-
-@pytest.fixture
-def room() -> Iterator[Path]:
-    """A directory that is gone after the test: pulled images are large."""
-    with tempfile.TemporaryDirectory(prefix="real-") as name:
-        yield Path(name)
-
-
-@pytest.fixture
-def upstream(room: Path, data: Path) -> Iterator[DockerRegistry]:
-    """The registry that has the image, with an empty access log."""
-    with DockerRegistry(room / "upstream", data) as registry:
-        yield registry
-
-
-@pytest.fixture
-def pullcache(room: Path, upstream: DockerRegistry) -> Iterator[Pullcache]:
-    """pullcache with an empty cache, in front of that registry."""
-    config = pullcache_config(room / "cache", UPSTREAM, upstream.url)
-    with Pullcache(config, root=room / "pullcache") as server:
-        yield server
-        print(server.log[-4000:])  # pytest shows it when the test failed
-
-
-def reference(image: RealImage, how: str) -> str:
-    """The image by tag or by digest."""
-    return f"{NAME}:{TAG}" if how == "tag" else f"{NAME}@{image.index}"
-
-
-def known_without_upstream(how: str) -> tuple[str, ...]:
-    """What can be asked for afterwards: a tag is only known to a cache that was asked for it."""
-    return ("tag", "digest") if how == "tag" else ("digest",)
-
-
-def once(digests: Iterable[str]) -> Counter[str]:
-    """Each of these, one time."""
-    return Counter(set(digests))
-
-
-def assert_hashes(paths: dict[str, Path]) -> None:
-    """Every file has the content that its digest says."""
-    for digest, path in paths.items():
-        with path.open("rb") as file:
-            assert f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}" == digest
-
-
-def assert_layout(layout: Path, image: RealImage) -> None:
-    """An OCI layout holds the image, all of it and nothing else, byte for byte."""
-    pulled = real_image.read(layout)
-    assert pulled.index == image.index
-    assert pulled.manifests == image.manifests
-    assert pulled.contents == image.contents
-    files = {f"sha256:{path.name}": path for path in (layout / "blobs" / "sha256").iterdir()}
-    assert files.keys() == image.everything
-    assert_hashes(files)
-
-
-def assert_content(containerd: Containerd, image: RealImage, platform: str) -> None:
-    """containerd holds one platform of the image, and nothing else, byte for byte."""
-    assert containerd.content() == {digest: image.sizes[digest] for digest in image.of(platform)}
-    assert_hashes({digest: containerd.content_path(digest) for digest in image.of(platform)})
 
 
 def skopeo_pulls(host: str, name: str, image: RealImage, room: Path) -> None:
