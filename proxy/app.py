@@ -49,7 +49,7 @@ def endpoints(handlers: Handlers) -> list[Route]:
 async def build(config: Config) -> AsyncIterator[Cache]:
     """The whole object graph, taken down in reverse order.
 
-    Raises ``DirectoryUnusable``, ``CatalogTooNew``, or ``OSError`` for a ``caFile`` that cannot be used.
+    Raises ``DirectoryUnusable``, ``CatalogTooNew``, or ``TLSFileUnusable``.
     """
     metrics = Metrics()
     instance = f"pullcache-{secrets.token_hex(8)}"

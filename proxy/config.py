@@ -30,6 +30,7 @@ from proxy.values import (
     Listener,
     Network,
     PathPrefix,
+    ProxyAddress,
     Quantity,
     TokenHost,
     UpstreamName,
@@ -57,6 +58,9 @@ class Timeouts(_Section):
     headers: Duration = Field(default="10s", description="the answer's headers")  # type: ignore[assignment]
     token: Duration = Field(default="5s", description="the token server, in all")  # type: ignore[assignment]
     head: Duration = Field(default="3s", description="asking for the digest of a tag, in all")  # type: ignore[assignment]
+    endpoint: Duration = Field(  # type: ignore[assignment]
+        default="3s", description="an endpoint that has others after it, to begin its answer"
+    )
     progress: Duration = Field(  # type: ignore[assignment]
         default="30s", description="a download that brings under 10 KiB in this time is continued elsewhere"
     )
@@ -69,6 +73,9 @@ class UpstreamConfig(_Section):
     path_prefix: PathPrefix | None = None
     endpoints: list[Endpoint] = Field(default_factory=list)
     ca_file: Path | None = None
+    client_cert_file: Path | None = None
+    client_key_file: Path | None = None
+    http_proxy: ProxyAddress | None = None
     insecure_skip_verify: bool = False
     token_hosts: list[TokenHost] = Field(default_factory=list)
     allow_addresses: list[Network] = Field(default_factory=list)
@@ -77,14 +84,11 @@ class UpstreamConfig(_Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, data: Any) -> Any:
-        """What the name alone implies: the endpoint and the token hosts."""
+        """What the name alone implies: the endpoint."""
         if not isinstance(data, dict) or not isinstance(name := data.get("name"), str):
             return data
-        endpoint, token_hosts = PUBLIC_REGISTRIES.get(canonical_host(name), (f"https://{name}", []))
-        implied: dict[str, Any] = {"endpoints": [endpoint]}
-        if data.get("endpoints", [endpoint]) == [endpoint]:  # a registry's token server is not lent to other endpoints
-            implied["tokenHosts"] = token_hosts
-        return implied | data
+        endpoint, _ = PUBLIC_REGISTRIES.get(canonical_host(name), (f"https://{name}", []))
+        return {"endpoints": [endpoint]} | data
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -101,9 +105,16 @@ class UpstreamConfig(_Section):
                     f"endpoints: {host} is not a public address; if you mean it, list it: allowAddresses: [{address}/"
                     f"{address.max_prefixlen}]"
                 )
+        if self.client_key_file and not self.client_cert_file:
+            raise ValueError("clientKeyFile: without clientCertFile it is a key to nothing; give both")
         if self.insecure_skip_verify and self.ca_file:
             raise ValueError("insecureSkipVerify and caFile exclude each other; keep caFile")
         return self
+
+    def token_hosts_of(self, endpoint: str) -> list[str]:
+        """Token servers that an endpoint may name beside its own origin; a registry's known one is not lent to others."""
+        known, token_hosts = PUBLIC_REGISTRIES.get(self.name, ("", []))
+        return self.token_hosts + (token_hosts if endpoint == known else [])
 
     @property
     def prefix(self) -> str:

@@ -39,6 +39,7 @@ _DELAYS = (0.0, 0.1, 0.4, 1.0, 2.0)
 _STUCK = 15 * 60.0
 _FLOOR = 10 * 1024
 _REMEMBERED = 30.0
+_TURN = 15 * 60.0
 
 
 class Stream(Protocol):
@@ -64,23 +65,24 @@ class Stream(Protocol):
 
 
 Source = Callable[[int, int], Awaitable[Stream]]
-"""Opens the content at an offset, for the n-th time (0 is the first); raises ``RegistryError``."""
+"""Opens the content at an offset, at the endpoint whose turn the number is; raises ``RegistryError``."""
 
 Origin = tuple[str, Repository]
 """The upstream and repository that a download comes from."""
 
 
 class Mismatch(UpstreamBroken):
-    """The content is not what its digest or its manifest says. Asking again would not mend it."""
+    """The content is not what its digest or its manifest says. Asking the same endpoint again would not mend it."""
 
 
 class Fill:
     """One download."""
 
-    def __init__(self, spool: Spool, origin: Origin, source: Source, limit: int, floor: float) -> None:
+    def __init__(self, spool: Spool, origin: Origin, source: Source, turn: int, limit: int, floor: float) -> None:
         self.spool = spool
         self.origin = origin
         self._source = source
+        self._turn = turn
         self._limit = limit
         self._floor = floor
         self._floor_end = 0.0
@@ -94,7 +96,7 @@ class Fill:
         moved = loop.time()
         while True:
             try:
-                with closing(await self._source(spool.received, attempt)) as stream:
+                with closing(await self._source(spool.received, self._turn + attempt)) as stream:
                     self._agree(stream, attempt)
                     spool.announce()
                     await self._receive(stream, threads)
@@ -195,6 +197,7 @@ class Fetcher:
         self._limit = limit
         self._fills: dict[Digest, Fill] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._turns: TTLCache[tuple[Digest, Origin], int] = TTLCache(4096, _TURN)
         self._failed: TTLCache[tuple[Digest, Origin], str] = TTLCache(4096, _REMEMBERED)
 
     def origin(self, digest: Digest) -> Origin | None:
@@ -227,7 +230,8 @@ class Fetcher:
             return fill.spool.attach(start)
         spool = Spool(digest, self._store.spool())
         spool.size = size
-        fill = self._fills[digest] = Fill(spool, origin, source, self._limit, floor)
+        turn = self._turns.get((digest, origin), 0)
+        fill = self._fills[digest] = Fill(spool, origin, source, turn, self._limit, floor)
         reader = spool.attach(start)
         task = asyncio.create_task(self._run(fill), name=f"fill {digest}")
         self._tasks.add(task)
@@ -282,6 +286,8 @@ class Fetcher:
             log.warning("the download of %s failed: %s", fill.spool.digest, error)
             self._failed[fill.spool.digest, fill.origin] = str(error)
         if isinstance(error, Mismatch):
+            key = fill.spool.digest, fill.origin
+            self._turns[key] = self._turns.get(key, 0) + 1  # the next download begins at the next endpoint
             self._metrics.mismatches.labels(fill.origin[0]).inc()
 
     def _ended(self, fill: Fill) -> None:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from proxy.errors import ManifestUnknown, RegistryError, UpstreamBroken, UpstreamFailing
-from proxy.fetch import VERIFIED_FIRST, Fetcher, Stream
-from proxy.manifests import ManifestInvalid, parse_manifest
+from proxy.fetch import VERIFIED_FIRST, Fetcher, Mismatch, Stream
+from proxy.manifests import Manifest, ManifestInvalid, parse_manifest
 from proxy.metrics import Metrics
 from proxy.names import Digest, Reference, Repository, Tag, digest_of
 from proxy.once import Once
@@ -26,7 +26,7 @@ from proxy.storage.base import Content, InlineContent
 from proxy.storage.catalog import Tagged
 from proxy.storage.store import Store
 from proxy.threads import Threads
-from proxy.upstream.client import Upstream
+from proxy.upstream.client import ManifestBody, Upstream
 
 log = logging.getLogger(__name__)
 
@@ -159,12 +159,14 @@ class Pull:
         if held is not None and not self._store.is_linked(target.upstream, target.repository, digest):
             upstream = self._upstreams[target.upstream]
 
+            async def verify(answer: ManifestBody) -> None:
+                if not digest.matches(answer.body):
+                    raise self._mismatch(target, f"sent another manifest than {digest}")
+
             async def head() -> None:
                 told = await upstream.head_manifest(target.repository, digest, "*/*", target.via)
                 if not told.is_told or told.digest != digest:  # 405, a login page, no word of which: only bytes tell
-                    answer = await upstream.get_manifest(target.repository, digest, "*/*", target.via)
-                    if not digest.matches(answer.body):
-                        raise self._mismatch(target, f"sent another manifest than {digest}")
+                    await upstream.get_manifest(target.repository, digest, "*/*", target.via, verify)
 
             await self._prove(target, digest, head)
         return held
@@ -193,8 +195,7 @@ class Pull:
         """One GET for all who wait: verified, saved with its link, and the tag remembered."""
         upstream = self._upstreams[target.upstream]
 
-        async def get() -> _Held:
-            answer = await upstream.get_manifest(target.repository, reference, accept.sent, target.via)
+        async def verify(answer: ManifestBody) -> tuple[Digest, bytes, Manifest]:
             try:
                 manifest = await self._threads.run(parse_manifest, answer.body, answer.content_type)
             except ManifestInvalid as error:
@@ -208,12 +209,16 @@ class Pull:
             known = self._store.manifest(digest)
             if known is not None and known[1] != manifest.media_type:
                 raise self._mismatch(target, f"sent {digest} as {manifest.media_type}; before it was {known[1]}")
-            await self._threads.run(
-                self._store.put_manifest, target.upstream, target.repository, digest, answer.body, manifest
+            return digest, answer.body, manifest
+
+        async def get() -> _Held:
+            digest, body, manifest = await upstream.get_manifest(
+                target.repository, reference, accept.sent, target.via, verify
             )
+            await self._threads.run(self._store.put_manifest, target.upstream, target.repository, digest, body, manifest)
             if not isinstance(reference, Digest):
                 await self._set_tag(target, reference, accept, digest)
-            return _Held(digest, answer.body, manifest.media_type)
+            return _Held(digest, body, manifest.media_type)
 
         return await self._gets.run((target.upstream, target.repository, reference, accept.key), get)
 
@@ -233,10 +238,11 @@ class Pull:
 
     # -- blobs -------------------------------------------------------------------------------------------------------
 
-    async def blob(self, target: Target, digest: Digest, start: int, *, own: bool = False) -> Answer:
+    async def blob(self, target: Target, digest: Digest, start: int, *, own: bool = False, mismatches: int = 0) -> Answer:
         """A blob, to be read from about ``start`` on; raises ``RegistryError``.
 
-        ``own``: another repository's download of it has just failed; this one's own is begun.
+        ``own``: another repository's download of it has just failed; this one's own is begun. ``mismatches``: so many
+        endpoints have just sent something else, of which the client has seen nothing yet.
         """
         origin = (target.upstream, target.repository)
         await self._may_read(target, digest)
@@ -261,8 +267,10 @@ class Pull:
         )
         try:
             await reader.ready(VERIFIED_FIRST, _PATIENCE)
-        except RegistryError:
+        except RegistryError as error:
             reader.close()
+            if isinstance(error, Mismatch) and mismatches + 1 < upstream.endpoints:
+                return await self.blob(target, digest, start, own=own, mismatches=mismatches + 1)  # the next one's turn
             if own or followed in (None, origin):
                 raise
             return await self.blob(target, digest, start, own=True)  # another repository's failure is not this one's

@@ -84,6 +84,21 @@ def _endpoint(value: str) -> str:
     return value.rstrip("/")
 
 
+def _proxy_address(value: str) -> str:
+    try:
+        url = urlsplit(value)
+        port_is_valid = value.isprintable() and (url.port is None or 0 < url.port < 65536)
+    except ValueError:
+        port_is_valid = False
+    if not port_is_valid or url.scheme != "http" or not is_host(url.netloc.rpartition("@")[2]):
+        raise ValueError(
+            "not the address of an HTTP proxy; write for example http://proxy.corp:3128 (it is spoken to in http)"
+        )
+    if url.path not in ("", "/") or url.query or url.fragment:
+        raise ValueError("the address of a proxy is scheme, host and port only, and user:password@ before the host")
+    return value
+
+
 def _upstream_name(value: str) -> str:
     if not is_host(value) or not is_host_like(value) or value != value.lower():
         raise ValueError("not a registry host; write the name as images have it, for example ghcr.io or registry.corp:5000")
@@ -121,6 +136,7 @@ Listener = Annotated[Address, BeforeValidator(parse_address)]
 Endpoint = Annotated[str, AfterValidator(_endpoint)]
 AnyNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 Network = Annotated[AnyNetwork, BeforeValidator(parse_network)]
+ProxyAddress = Annotated[str, AfterValidator(_proxy_address)]
 UpstreamName = Annotated[str, AfterValidator(_upstream_name)]
 PathPrefix = Annotated[str, AfterValidator(_path_prefix)]
 Directory = Annotated[Path, AfterValidator(_absolute)]

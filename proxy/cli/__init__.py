@@ -1,15 +1,21 @@
-"""The command ``pullcache``: parses, calls, prints, exits. 0 is success; 2: it cannot do that as it was told to."""
+"""The command ``pullcache``: parses, calls, prints, exits. 0 is success; 2: it cannot do that as it was told to.
+
+What takes long to import (the model of the configuration, aiohttp) is imported by the commands that need it:
+``pullcache health`` runs every few seconds.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from proxy import __version__
-from proxy.config import Config, ConfigError, load, validate
+
+if TYPE_CHECKING:
+    from proxy.config import Config
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -25,6 +31,16 @@ def main() -> None:
 def check_config(file: Path) -> None:
     """Checks a configuration FILE and names everything that is wrong with it."""
     config = _load(file)
+    from proxy.upstream.tls import TLSFileUnusable, context_of
+
+    faults = []
+    for upstream in config.upstreams:
+        try:
+            context_of(upstream)
+        except TLSFileUnusable as error:
+            faults.append(str(error))
+    if faults:
+        _refuse(faults)
     click.echo(f"{file}: good; {len(config.upstreams)} upstreams: {', '.join(u.name for u in config.upstreams)}")
 
 
@@ -44,12 +60,28 @@ def serve(file: Path | None, listen: str | None, admin: str | None, cache_direct
     sys.exit(run(config))
 
 
+@main.command()
+@click.option("--admin", metavar="HOST:PORT", default="127.0.0.1:5001", show_default=True, help="Its admin address.")
+def health(admin: str) -> None:
+    """Asks a running pullcache whether it is healthy: 0 if it is, else 1 and the reason."""
+    from proxy.cli.health import run
+
+    sys.exit(run(admin))
+
+
 def _load(file: Path | None, overrides: dict[str, object] | None = None) -> Config:
+    import asyncio
+
+    from proxy.config import ConfigError, load, validate
+
     try:
         return asyncio.run(load(file, overrides)) if file else validate(overrides or {})
     except ConfigError as error:
-        for fault in error.faults:
-            click.echo(fault, err=True)
-        count = len(error.faults)
-        click.echo(f"the configuration has {count} fault{'s' if count > 1 else ''}; nothing was started", err=True)
-        sys.exit(2)
+        _refuse(error.faults)
+
+
+def _refuse(faults: list[str]) -> NoReturn:
+    for fault in faults:
+        click.echo(fault, err=True)
+    click.echo(f"the configuration has {len(faults)} fault{'s' if len(faults) > 1 else ''}; nothing was started", err=True)
+    sys.exit(2)

@@ -45,6 +45,19 @@ def is_allowed(address: Address, allowed: Iterable[Network]) -> bool:
     return all(_is_public(a) for a in judged)
 
 
+def is_allowed_literal(host: str, allowed: Iterable[Network]) -> bool:
+    """Whether a proxy may be asked to connect to ``host``, as far as its spelling tells: a name is the proxy's to judge."""
+    try:
+        return is_allowed(ipaddress.ip_address(host), allowed)
+    except ValueError:
+        pass
+    try:
+        return is_allowed(ipaddress.IPv4Address(socket.inet_aton(host)), allowed)  # 127.1, 0x7f000001, 2130706433
+    except OSError:
+        local = host.lower().rstrip(".").rpartition(".")[2] == "localhost"
+        return not local or is_allowed(ipaddress.IPv4Address("127.0.0.1"), allowed)
+
+
 def _is_public(address: Address) -> bool:
     local = isinstance(address, ipaddress.IPv6Address) and address.is_site_local
     return address.is_global and not (address.is_multicast or address.is_reserved or local)

@@ -1,7 +1,4 @@
-"""The calls to a registry: manifests and blobs, by HEAD and GET; anonymous so far.
-
-An endpoint that fails gives way to the next one; one that answers, with whatever, has answered for the upstream.
-"""
+"""The calls to a registry: manifests and blobs, by HEAD and GET; anonymous so far."""
 
 from __future__ import annotations
 
@@ -9,19 +6,25 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from yarl import URL
 
 from proxy.config import UpstreamConfig
-from proxy.errors import BlobUnknown, ManifestUnknown, UpstreamBroken, UpstreamFailing, UpstreamUnavailable
+from proxy.errors import BlobUnknown, ManifestUnknown, UpstreamBroken, UpstreamFailing
 from proxy.manifests import MAX_BYTES, MODERN
 from proxy.metrics import Metrics
 from proxy.names import Digest, Reference, Repository
+from proxy.upstream.endpoints import Endpoints
 from proxy.upstream.exchange import Exchange
 from proxy.upstream.reply import Reply, Where
 
+A = TypeVar("A")
 T = TypeVar("T")
+
+Verify = Callable[[A], Awaitable[T]]
+"""Makes of an answer what is wanted, or refuses it with ``UpstreamBroken``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +52,22 @@ class ManifestBody:
 class BlobStream:
     """A blob being received."""
 
-    def __init__(self, reply: Reply, offset: int, size: int | None, count: Callable[[int], None]) -> None:
+    def __init__(
+        self, reply: Reply, offset: int, size: int | None, count: Callable[[int], None], broken: Callable[[], None]
+    ) -> None:
         self.offset = offset
         self.size = size
         self._reply = reply
         self._count = count
+        self._broken = broken
 
     async def read(self) -> bytes:
         """Some more bytes; empty at a clean end. Raises ``UpstreamFailing`` where the stream breaks."""
-        data = await self._reply.read()
+        try:
+            data = await self._reply.read()
+        except (UpstreamFailing, asyncio.CancelledError):  # cancelled: it brought too little for too long
+            self._broken()
+            raise
         self._count(len(data))
         return data
 
@@ -74,10 +84,18 @@ class Upstream:
         self.config = config
         self._metrics = metrics
         self._exchange = Exchange(config, metrics, instance)
-        self._endpoints = [Where(config.name, URL(endpoint)) for endpoint in config.endpoints]
+        listed = [Where(config.name, URL(endpoint)) for endpoint in config.endpoints]
+        self._endpoints = Endpoints(listed, config.timeouts.endpoint, self._exchange.probe)
+        self._patience = config.timeouts.connect + config.timeouts.headers
+
+    @property
+    def endpoints(self) -> int:
+        """How many endpoints there are to ask."""
+        return len(self._endpoints)
 
     async def close(self) -> None:
         """Drops every connection."""
+        await self._endpoints.close()
         await self._exchange.close()
 
     async def head_manifest(self, repository: Repository, reference: Reference, accept: str, via: str) -> ManifestHead:
@@ -91,20 +109,22 @@ class Upstream:
                 await reply.check(self._no_manifest(repository, reference))
                 return ManifestHead(reply.digest, reply.length, reply.media_type)
 
-        return await self._any_endpoint(ask, within=self.config.timeouts.head)
+        return await self._endpoints.ask(ask, self.config.timeouts.head)
 
-    async def get_manifest(self, repository: Repository, reference: Reference, accept: str, via: str) -> ManifestBody:
-        """A manifest, up to the largest allowed; raises ``RegistryError``."""
+    async def get_manifest(
+        self, repository: Repository, reference: Reference, accept: str, via: str, verify: Verify[ManifestBody, T]
+    ) -> T:
+        """What ``verify`` makes of a manifest; where it refuses, the next endpoint is asked. Raises ``RegistryError``."""
 
-        async def ask(where: Where) -> ManifestBody:
+        async def ask(where: Where) -> T:
             path = f"/v2/{repository}/manifests/{reference}"
             async with self._reply("GET", where, path, repository, {"Accept": accept}, via) as reply:
                 await reply.check(self._no_manifest(repository, reference))
                 if reply.status != 200:
                     raise UpstreamBroken(f"{where} sent a part of a manifest of which the whole was asked")
-                return ManifestBody(await reply.body(MAX_BYTES), reply.content_type)
+                return await verify(ManifestBody(await reply.body(MAX_BYTES), reply.content_type))
 
-        return await self._any_endpoint(ask)
+        return await self._endpoints.ask(ask, self._patience)
 
     async def head_blob(self, repository: Repository, digest: Digest, via: str) -> int | None:
         """The size of a blob; raises ``RegistryError``. Where HEAD is not to be had (signed GET URLs), one byte is asked."""
@@ -122,7 +142,7 @@ class Upstream:
                     return reply.part.total if reply.part else None
                 return reply.length
 
-        return await self._any_endpoint(ask)
+        return await self._endpoints.ask(ask, self._patience)
 
     async def open_blob(self, repository: Repository, digest: Digest, offset: int, attempt: int, via: str) -> BlobStream:
         """A blob from ``offset`` on, at the endpoint whose turn the ``attempt`` is; raises ``RegistryError``."""
@@ -132,36 +152,19 @@ class Upstream:
 
         async def ask(where: Where) -> BlobStream:
             reply = await self._exchange.ask("GET", where, path, repository, headers, via)
+            broken = partial(self._endpoints.failing, where)
             try:
                 await reply.check(self._no_blob(repository, digest))
                 if reply.status != 206:
-                    return BlobStream(reply, 0, reply.length, count)
+                    return BlobStream(reply, 0, reply.length, count, broken)
                 if reply.part is None:
                     raise UpstreamBroken(f"{where} sent a part of a blob without saying which")
-                return BlobStream(reply, reply.part.start, reply.part.total, count)
+                return BlobStream(reply, reply.part.start, reply.part.total, count, broken)
             except BaseException:
                 reply.close()
                 raise
 
-        return await self._any_endpoint(ask, attempt)
-
-    async def _any_endpoint(self, ask: Callable[[Where], Awaitable[T]], attempt: int = 0, within: float | None = None) -> T:
-        """The answer of the first endpoint that is not failing, beginning with the one whose turn it is."""
-        limit = within or self.config.timeouts.connect + self.config.timeouts.headers
-        turn = attempt % len(self._endpoints)
-        failure: UpstreamFailing | None = None
-        for where in self._endpoints[turn:] + self._endpoints[:turn]:
-            try:
-                async with asyncio.timeout(limit):
-                    return await ask(where)
-            except TimeoutError:
-                failure = UpstreamUnavailable(
-                    f"{where} did not answer within {limit:g} s; is it up, and reachable from the cache?"
-                )
-            except UpstreamFailing as error:
-                failure = error
-        assert failure is not None
-        raise failure
+        return await self._endpoints.ask(ask, self._patience, attempt)
 
     @asynccontextmanager
     async def _reply(

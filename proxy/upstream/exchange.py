@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import ssl
 from typing import Any
 
 import aiohttp
@@ -21,11 +20,12 @@ from proxy.config import UpstreamConfig
 from proxy.errors import Denied, RegistryError, TooManyRequests, UpstreamBroken, UpstreamUnavailable
 from proxy.metrics import Metrics
 from proxy.names import Repository
-from proxy.upstream.addresses import socket_factory
+from proxy.upstream.addresses import is_allowed_literal, socket_factory
 from proxy.upstream.auth import RealmRefused, Tokens, check_realm, same_origin
 from proxy.upstream.challenge import Bearer, find_bearer
 from proxy.upstream.reply import ANONYMOUS, Dropped, Garbled, Reply, Where, foreign_errors
 from proxy.upstream.resolver import Resolver
+from proxy.upstream.tls import context_of
 
 _MAX_HOPS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -50,19 +50,22 @@ class _Connector(aiohttp.TCPConnector):
 
 
 class Exchange:
-    """The session and the tokens of one upstream, shared with no other."""
+    """The session of one upstream, shared with no other, and the tokens of each of its endpoints, which share none."""
 
     def __init__(self, config: UpstreamConfig, metrics: Metrics, instance: str) -> None:
         self._config = config
         self._metrics = metrics
         self._instance = instance
         loop = asyncio.get_running_loop()
-        self._tokens = Tokens(loop.time)
+        self._tokens = {URL(endpoint): Tokens(loop.time) for endpoint in config.endpoints}
         self._session = aiohttp.ClientSession(
             connector=_Connector(
-                ssl=_context(config),
+                ssl=context_of(config),
                 resolver=Resolver(config.timeouts.connect),
-                socket_factory=socket_factory(config.allow_addresses, self._refused("address").inc),
+                # With httpProxy every connection is one to the proxy, which the operator named.
+                socket_factory=None
+                if config.http_proxy
+                else socket_factory(config.allow_addresses, self._refused("address").inc),
                 limit=_CONNECTIONS,
                 ttl_dns_cache=10,
             ),
@@ -77,13 +80,22 @@ class Exchange:
         )
         # aiohttp would repeat a GET by itself, once, at once and uncounted; _hop does it instead.
         self._session._retry_connection = False
+        self._proxy = config.http_proxy
         if config.insecure_skip_verify:
             metrics.insecure.labels(config.name).set(1)
 
     async def close(self) -> None:
         """Drops every connection."""
-        await self._tokens.close()
+        for tokens in self._tokens.values():
+            await tokens.close()
         await self._session.close()
+
+    async def probe(self, where: Where) -> None:
+        """Whether an endpoint answers at all; raises ``RegistryError`` where it does not, or only to say that it fails."""
+        reply = await self._hop("GET", _at(where, "/v2/"), {"Via": f"1.1 {self._instance}"}, where)
+        reply.close()
+        if reply.status >= 500 or reply.status == 429:
+            raise UpstreamBroken(f"{where} answered {reply.status}")
 
     async def ask(
         self, method: str, where: Where, path: str, repository: Repository, headers: dict[str, str], via: str
@@ -92,9 +104,10 @@ class Exchange:
 
         One fresh token for one refusal: a registry that goes on refusing has answered.
         """
+        tokens = self._tokens[where.endpoint]
         headers = headers | {"Via": f"{via}, 1.1 {self._instance}" if via else f"1.1 {self._instance}"}
         token = None
-        if bearer := self._tokens.expected(where.endpoint, repository):
+        if bearer := tokens.expected(where.endpoint, repository):
             token = await self._token(where, repository, bearer)
         reply = await self._follow(method, where, path, headers, token)
         if reply.status != 401 or not reply.is_own:
@@ -103,9 +116,9 @@ class Exchange:
         if bearer is None:
             return reply
         reply.close()
-        self._tokens.expect(where.endpoint, repository, bearer)
+        tokens.expect(where.endpoint, repository, bearer)
         if token:
-            self._tokens.drop(token)
+            tokens.drop(token)
         fresh = await self._token(where, repository, bearer)
         reply = await self._follow(method, where, path, headers, fresh)
         if reply.status != 401:
@@ -114,7 +127,7 @@ class Exchange:
             await reply.check(UpstreamBroken(f"{where} refuses a fresh token"))
             raise AssertionError("a 401 does not pass")
         except RegistryError as error:
-            self._tokens.refuse(self._realm(where, bearer), bearer, repository, error)
+            tokens.refuse(self._realm(where, bearer), bearer, repository, error)
             raise
         finally:
             reply.close()
@@ -122,7 +135,7 @@ class Exchange:
     def _realm(self, where: Where, bearer: Bearer) -> URL:
         """The token server that a challenge names, if this upstream may use it; raises ``UpstreamBroken``."""
         try:
-            return check_realm(bearer.realm, where.endpoint, self._config.token_hosts)
+            return check_realm(bearer.realm, where.endpoint, self._config.token_hosts_of(str(where.endpoint)))
         except RealmRefused as error:
             self._refused("realm").inc()
             raise UpstreamBroken(f"{where} cannot be asked: {error}") from error
@@ -144,7 +157,7 @@ class Exchange:
             except TimeoutError as error:
                 raise UpstreamUnavailable(f"{there} did not answer in time") from error
 
-        return await self._tokens.get(realm, bearer, repository, fetch)
+        return await self._tokens[where.endpoint].get(realm, bearer, repository, fetch)
 
     async def _token_body(self, reply: Reply) -> bytes:
         if reply.status == 200:
@@ -160,7 +173,7 @@ class Exchange:
 
     async def _follow(self, method: str, where: Where, path: str, headers: dict[str, str], token: str | None) -> Reply:
         endpoint = where.endpoint
-        url = URL(f"{str(endpoint).rstrip('/')}{path}", encoded=True)
+        url = _at(where, path)
         own = True
         for _ in range(_MAX_HOPS + 1):
             own = own and same_origin(url, endpoint)
@@ -196,12 +209,17 @@ class Exchange:
         again: tuple[type[RegistryError], ...] = (Dropped, Garbled),
     ) -> Reply:
         """One request, one answer. What was dropped or garbled before its answer is tried again: GET changes nothing."""
+        if self._proxy is not None and not is_allowed_literal(url.host or "", self._config.allow_addresses):
+            self._refused("address").inc()
+            raise UpstreamUnavailable(f"{where} leads to {url.host}, which is no public address and not in allowAddresses")
         plain = {"User-Agent": f"pullcache/{__version__}", "Accept-Encoding": "identity"}
         for delay, is_last in _TRIES:
             await asyncio.sleep(delay)
             try:
                 with foreign_errors(where):
-                    response = await self._session.request(method, url, headers=plain | headers, allow_redirects=False)
+                    response = await self._session.request(
+                        method, url, headers=plain | headers, allow_redirects=False, proxy=self._proxy
+                    )
             except RegistryError as error:
                 self._count(method, "error")
                 if not is_last and isinstance(error, again):
@@ -218,16 +236,5 @@ class Exchange:
         return self._metrics.refused.labels(self._config.name, what)
 
 
-def _context(config: UpstreamConfig) -> ssl.SSLContext:
-    """Raises ``OSError`` for a ``caFile`` that cannot be used."""
-    context = ssl.create_default_context()
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if config.ca_file:
-        try:
-            context.load_verify_locations(config.ca_file)
-        except (OSError, ssl.SSLError) as error:
-            raise OSError(f"upstream {config.name}: caFile {config.ca_file} cannot be used: {error}") from error
-    if config.insecure_skip_verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
+def _at(where: Where, path: str) -> URL:
+    return URL(f"{str(where.endpoint).rstrip('/')}{path}", encoded=True)

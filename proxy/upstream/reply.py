@@ -198,21 +198,10 @@ def foreign_errors(where: Where) -> Iterator[None]:
     """aiohttp's exceptions become ours."""
     try:
         yield
-    except aiohttp.ClientConnectorCertificateError as error:
-        reason = getattr(error.certificate_error, "verify_message", "") or "not valid"
-        raise UpstreamUnavailable(
-            f"the TLS certificate of {where} is not accepted: {reason}; give its CA as caFile"
-        ) from error
-    except aiohttp.ClientSSLError as error:
-        raise UpstreamUnavailable(f"TLS with {where} failed; {_TLS}") from error
-    except aiohttp.ClientConnectorDNSError as error:
-        raise UpstreamUnavailable(f"the name of {where}, or of where it redirects to, cannot be resolved") from error
     except aiohttp.ClientConnectorError as error:
-        cause = error.os_error
-        if error.ssl is not False and isinstance(cause, ConnectionResetError | ConnectionAbortedError | BrokenPipeError):
-            raise UpstreamUnavailable(f"TLS with {where} failed: it hung up in the handshake; {_TLS}") from error
-        reason = "connection refused" if cause.errno == errno.ECONNREFUSED else printable(str(cause))
-        raise UpstreamUnavailable(f"{where} cannot be reached: {reason}") from error
+        raise UpstreamUnavailable(_no_connection(where, error)) from error
+    except aiohttp.ClientHttpProxyError as error:
+        raise UpstreamUnavailable(f"the httpProxy answered {error.status} when asked to connect to {where}") from error
     except aiohttp.ServerTimeoutError as error:
         raise UpstreamUnavailable(f"{where} cannot be reached: no connection in time") from error
     except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
@@ -223,6 +212,23 @@ def foreign_errors(where: Where) -> Iterator[None]:
         raise Garbled(f"{where} sent what is not valid HTTP") from error
     except (aiohttp.ClientError, ValueError) as error:
         raise UpstreamBroken(f"{where} sent what is not valid HTTP") from error
+
+
+def _no_connection(where: Where, error: aiohttp.ClientConnectorError) -> str:
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        reason = getattr(error.certificate_error, "verify_message", "") or "not valid"
+        return f"the TLS certificate of {where} is not accepted: {reason}; give its CA as caFile"
+    cause = error.os_error
+    reason = "connection refused" if cause.errno == errno.ECONNREFUSED else printable(str(cause))
+    if isinstance(error, aiohttp.ClientSSLError):
+        return f"TLS with {where} failed; {_TLS}"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return f"the name of {where}, or of where it redirects to, cannot be resolved"
+    if isinstance(error, aiohttp.ClientProxyConnectionError):
+        return f"the httpProxy that leads to {where} cannot be reached: {reason}"
+    if error.ssl is not False and isinstance(cause, ConnectionResetError | ConnectionAbortedError | BrokenPipeError):
+        return f"TLS with {where} failed: it hung up in the handshake; {_TLS}"
+    return f"{where} cannot be reached: {reason}"
 
 
 def _number(text: str) -> int | None:

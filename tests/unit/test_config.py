@@ -52,15 +52,12 @@ def test_nothing_written_is_a_good_configuration(tmp_path: Path) -> None:
 def test_what_a_name_implies_is_filled_in() -> None:
     config = validate({"upstreams": [{"name": "index.docker.io"}, {"name": "corp.test:5000"}]})
     hub, corp = config.upstreams
-    assert (hub.name, hub.endpoints, hub.token_hosts, hub.prefix) == (
-        "docker.io",
-        ["https://registry-1.docker.io"],
-        ["auth.docker.io"],
-        "docker.io",
-    )
-    assert (corp.endpoints, corp.token_hosts, corp.prefix) == (["https://corp.test:5000"], [], "corp.test_5000")
+    assert (hub.name, hub.endpoints, hub.prefix) == ("docker.io", ["https://registry-1.docker.io"], "docker.io")
+    assert hub.token_hosts_of("https://registry-1.docker.io") == ["auth.docker.io"]
+    assert (corp.endpoints, corp.prefix) == (["https://corp.test:5000"], "corp.test_5000")
+    assert corp.token_hosts_of("https://corp.test:5000") == []
     assert not corp.insecure_skip_verify
-    assert corp.timeouts.model_dump() == {"connect": 5, "headers": 10, "token": 5, "head": 3, "progress": 30}
+    assert corp.timeouts.model_dump() == {"connect": 5, "headers": 10, "token": 5, "head": 3, "endpoint": 3, "progress": 30}
 
 
 def test_http_is_used_only_where_it_is_written() -> None:
@@ -70,9 +67,10 @@ def test_http_is_used_only_where_it_is_written() -> None:
 
 
 def test_token_hosts_of_a_registry_are_not_lent_to_other_endpoints() -> None:
-    assert (
-        validate({"upstreams": [{"name": "docker.io", "endpoints": ["https://mirror.test"]}]}).upstreams[0].token_hosts == []
-    )
+    mirrored = ["https://mirror.test", "https://registry-1.docker.io"]
+    hub = validate({"upstreams": [{"name": "docker.io", "endpoints": mirrored, "tokenHosts": ["auth.corp"]}]}).upstreams[0]
+    assert hub.token_hosts_of("https://mirror.test") == ["auth.corp"]
+    assert hub.token_hosts_of("https://registry-1.docker.io") == ["auth.corp", "auth.docker.io"]
 
 
 def test_without_docker_hub_there_is_no_default() -> None:
@@ -462,7 +460,7 @@ def test_a_configuration_cannot_be_changed() -> None:
 def test_one_configuration_shares_nothing_with_the_next() -> None:
     validate({}).upstreams[0].token_hosts.append("evil.test")
     validate({}).upstreams.clear()
-    assert validate({}).upstreams[0].token_hosts == ["auth.docker.io"]
+    assert validate({}).upstreams[0].token_hosts == []
 
 
 def test_keys_are_written_as_in_kubernetes() -> None:

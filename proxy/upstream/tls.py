@@ -1,0 +1,43 @@
+"""What an upstream's configuration means for TLS."""
+
+from __future__ import annotations
+
+import ssl
+
+from proxy.config import UpstreamConfig
+
+
+class TLSFileUnusable(OSError):
+    """A certificate or key file cannot be used; the text names the upstream, the key and the file."""
+
+
+def context_of(config: UpstreamConfig) -> ssl.SSLContext:
+    """The context of every connection of one upstream; raises ``TLSFileUnusable``."""
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if config.ca_file:
+        try:
+            context.load_verify_locations(config.ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise _unusable(config, f"caFile {config.ca_file}", error) from error
+    if config.client_cert_file:
+        files = f"clientCertFile {config.client_cert_file}"
+        if config.client_key_file:
+            files += f" with clientKeyFile {config.client_key_file}"
+        try:
+            context.load_cert_chain(config.client_cert_file, config.client_key_file, password=_no_password)
+        except (OSError, ssl.SSLError, ValueError) as error:
+            raise _unusable(config, files, error) from error
+    if config.insecure_skip_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _no_password() -> str:
+    # Without this OpenSSL would ask at the terminal, and wait.
+    raise ValueError("the key is encrypted; give one without a passphrase, readable for pullcache only")
+
+
+def _unusable(config: UpstreamConfig, what: str, error: Exception) -> TLSFileUnusable:
+    return TLSFileUnusable(f"upstream {config.name}: {what} cannot be used: {error}")
