@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from proxy.config import Config
+from proxy.discovery import Discovery
 from proxy.edge import Edge, Route
 from proxy.fetch import Fetcher
 from proxy.handlers import Handlers
@@ -41,6 +42,8 @@ def endpoints(handlers: Handlers) -> list[Route]:
         ("base", re.compile(r"/v2/?"), handlers.base),
         ("manifest", re.compile(r"/v2/(?P<name>[^%\\]+)/manifests/(?P<reference>[^/%\\]+)"), handlers.manifest),
         ("blob", re.compile(r"/v2/(?P<name>[^%\\]+)/blobs/(?P<digest>[^/%\\]+)"), handlers.blob),
+        ("tags", re.compile(r"/v2/(?P<name>[^%\\]+)/tags/list"), handlers.tags),
+        ("referrers", re.compile(r"/v2/(?P<name>[^%\\]+)/referrers/(?P<digest>[^/%\\]+)"), handlers.referrers),
         ("other", re.compile(r"/v2/.*", re.DOTALL), handlers.not_offered),
     ]
 
@@ -65,5 +68,6 @@ async def build(config: Config) -> AsyncIterator[Cache]:
         fetcher = Fetcher(store, threads, metrics, config.cache.max_blob_size)
         stack.push_async_callback(fetcher.close)
         pull = Pull(upstreams, store, fetcher, threads, metrics)
-        handlers = Handlers(pull, routes_of(config), metrics, instance)
+        discovery = Discovery(upstreams, store, threads, metrics)
+        handlers = Handlers(pull, discovery, routes_of(config), metrics, instance)
         yield Cache(Listener(Edge(endpoints(handlers), metrics), metrics), metrics)

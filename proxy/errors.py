@@ -63,6 +63,12 @@ class Denied(RegistryError):
     code, status = "DENIED", 403
 
 
+class PaginationNumberInvalid(RegistryError):
+    """``n`` of a list is not a number of at least 0."""
+
+    code, status = "PAGINATION_NUMBER_INVALID", 400
+
+
 class Unsupported(RegistryError):
     """A method that a read-only registry does not offer."""
 

@@ -8,7 +8,9 @@ from re import Match
 
 from aiohttp import web
 
+from proxy.discovery import Asked, Discovery
 from proxy.errors import LoopDetected, NameUnknown
+from proxy.listings import parse_query
 from proxy.logs import printable
 from proxy.metrics import Metrics
 from proxy.names import Digest, parse_digest, parse_reference
@@ -39,6 +41,7 @@ class Handlers:
     """What each endpoint needs; one method an endpoint."""
 
     pull: Pull
+    discovery: Discovery
     routes: Routes
     metrics: Metrics
     instance: str
@@ -65,9 +68,23 @@ class Handlers:
         start = (asked.first or 0) if asked else 0
         return await self._send(request, await self.pull.blob(target, digest, start))
 
+    async def tags(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
+        """end-8: a page of a repository's tags."""
+        target = self._target(request, path["name"])
+        query = parse_query([pair for pair in request.rel_url.query.items() if pair[0] != "ns"])
+        asked = Asked(path["name"], request.rel_url.query.get("ns"))
+        return await self._send(request, await self.discovery.tags(target, asked, query))
+
+    async def referrers(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
+        """end-12: what refers to a manifest."""
+        target = self._target(request, path["name"])
+        subject = parse_digest(path["digest"])
+        artifact_type = request.rel_url.query.get("artifactType")
+        return await self._send(request, await self.discovery.referrers(target, subject, artifact_type))
+
     async def not_offered(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """Everything else below ``/v2/``, the catalog among it: nobody may list what is cached."""
-        raise NameUnknown("this cache has no such endpoint; it serves manifests and blobs")
+        raise NameUnknown("this cache has no such endpoint; it serves manifests, blobs, tags/list and referrers")
 
     def _target(self, request: web.BaseRequest, name: str) -> Target:
         via = ", ".join(request.headers.getall("Via", []))

@@ -86,9 +86,14 @@ def parse_repository(text: str) -> Repository:
     return Repository(text)
 
 
+def is_tag(text: str) -> bool:
+    """Whether ``text`` is a tag."""
+    return bool(_TAG.fullmatch(text))
+
+
 def parse_tag(text: str) -> Tag:
     """The tag that ``text`` is; raises ``ManifestUnknown``, since the OCI conformance suite wants 404."""
-    if not _TAG.fullmatch(text):
+    if not is_tag(text):
         raise ManifestUnknown("no such manifest: the tag is not valid (at most 128 of A-Z a-z 0-9 _ . -)")
     return Tag(text)
 

@@ -55,6 +55,11 @@ def route(routes: Routes, namespaces: Sequence[str], name: str) -> Route:
     return Route(upstream, qualify(upstream, parse_repository(path)))
 
 
+def stale_warning(age: float, failure: str) -> str:
+    """What a client is told that is served what was true ``age`` seconds ago."""
+    return f"served from the cache, last confirmed {max(0, int(age))} s ago: {failure}"
+
+
 @dataclass(frozen=True, slots=True)
 class Accept:
     """What manifests a client takes. ``sent`` goes upstream; clients of one ``key`` may share an answer."""

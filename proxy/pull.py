@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from proxy.errors import ManifestUnknown, RegistryError, UpstreamBroken, UpstreamFailing
@@ -21,7 +21,7 @@ from proxy.manifests import Manifest, ManifestInvalid, parse_manifest
 from proxy.metrics import Metrics
 from proxy.names import Digest, Reference, Repository, Tag, digest_of
 from proxy.once import Once
-from proxy.policy import Accept
+from proxy.policy import Accept, stale_warning
 from proxy.storage.base import Content, InlineContent
 from proxy.storage.catalog import Tagged
 from proxy.storage.store import Store
@@ -30,9 +30,9 @@ from proxy.upstream.client import ManifestBody, Upstream
 
 log = logging.getLogger(__name__)
 
-Decision = Literal["hit", "revalidated", "miss", "follow", "head", "stale"]
+Decision = Literal["hit", "revalidated", "miss", "follow", "head", "pass", "stale"]
 """hit: held, nobody asked; revalidated: held, upstream said it still is so; miss: fetched; follow: somebody else was
-fetching it; head: upstream told of it; stale: held, upstream was failing."""
+fetching it; head: upstream told of it; pass: fetched, and not kept; stale: held, upstream was failing."""
 
 BLOB_TYPE = "application/octet-stream"
 _JOIN_WITHIN = 1.0  # seconds: a later caller may have seen a push that an earlier question did not
@@ -50,7 +50,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a client is told. ``content`` is None where only its headers are known; whoever gets it closes it."""
+    """What a client is told. ``content`` is None where only its headers are known; whoever gets it closes it.
+
+    ``by_tag``: another answer may be right tomorrow. ``headers``: those of this kind of answer only.
+    """
 
     digest: Digest
     size: int | None
@@ -59,6 +62,7 @@ class Answer:
     content: Content | None
     by_tag: bool = False
     warning: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def close(self) -> None:
         """Gives the content back."""
@@ -229,8 +233,7 @@ class Pull:
     def _stale(self, target: Target, known: Tagged, failure: UpstreamFailing) -> str:
         self._metrics.stale.labels(target.upstream).inc()
         log.warning("%s is served stale: %s", target.repository, failure)
-        age = max(0, int(time.time() - known.checked))
-        return f"served from the cache, last confirmed {age} s ago: {failure}"
+        return stale_warning(time.time() - known.checked, failure.message)
 
     def _mismatch(self, target: Target, text: str) -> UpstreamBroken:
         self._metrics.mismatches.labels(target.upstream).inc()

@@ -49,6 +49,7 @@ COMMON_HEADERS = {
 def headers_of(answer: Answer) -> dict[str, str]:
     """The headers that describe an answer, whatever part of it is sent."""
     headers = COMMON_HEADERS | {
+        **answer.headers,
         "Content-Type": answer.media_type,
         "Docker-Content-Digest": str(answer.digest),
         "ETag": f'"{answer.digest}"',
@@ -71,6 +72,7 @@ _CACHE_STATUS = {  # RFC 9211
     "miss": "fwd=miss; stored",
     "follow": "fwd=miss; collapsed",
     "head": "fwd=method",
+    "pass": "fwd=request",
     "stale": "hit; detail=stale",
 }
 

@@ -18,8 +18,7 @@ from pathlib import Path
 from proxy.manifests import Manifest
 from proxy.names import Digest, Repository, Tag, parse_digest
 
-SCHEMA_VERSION = 1
-_SCHEMA = """
+_SCHEMA_1 = """
 CREATE TABLE blobs (
   digest TEXT PRIMARY KEY, size INTEGER NOT NULL, media_type TEXT  -- media_type: of manifests, NULL for all else
 ) WITHOUT ROWID;
@@ -37,6 +36,16 @@ CREATE TABLE tags (
 -- A tag may have two rows: where it points, and, until that manifest is held, where it pointed last that is held. Their
 -- order is that of their row numbers: clocks go back.
 """
+_SCHEMA_2 = """
+CREATE TABLE referrers (
+  upstream TEXT NOT NULL, repository TEXT NOT NULL, subject TEXT NOT NULL, body BLOB NOT NULL, checked REAL NOT NULL,
+  PRIMARY KEY (upstream, repository, subject)
+);
+CREATE INDEX referrers_by_age ON referrers (checked);
+"""
+_STEPS = (_SCHEMA_1, _SCHEMA_2)
+SCHEMA_VERSION = len(_STEPS)
+_MAX_LISTS = 10_000
 
 
 class CatalogTooNew(Exception):
@@ -48,6 +57,14 @@ class Tagged:
     """Where a tag pointed when its upstream was last asked (``checked``: seconds since the epoch)."""
 
     digest: Digest
+    checked: float
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """What an upstream said that refers to a manifest, when it was last asked (seconds since the epoch)."""
+
+    body: bytes
     checked: float
 
 
@@ -76,10 +93,10 @@ class Catalog:
                     "use that version, or another directory"
                 )
             connection.execute("PRAGMA journal_mode = WAL")
-            if version == 0:
-                connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            for number, step in enumerate(_STEPS[version:], start=version + 1):
+                connection.executescript(f"BEGIN; {step} PRAGMA user_version = {number}; COMMIT;")
             found = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
-            if not found >= {"blobs", "children", "links", "tags"}:
+            if not found >= {"blobs", "children", "links", "tags", "referrers"}:
                 raise sqlite3.DatabaseError("a table is missing")
             if (verdict := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise sqlite3.DatabaseError(verdict)
@@ -143,6 +160,14 @@ class Catalog:
         )
         return [parse_digest(row[0]) for row in rows]
 
+    def referrers(self, upstream: str, repository: Repository, subject: Digest) -> Listed | None:
+        """What refers to a manifest, as it was last said."""
+        row = self._reader.execute(
+            "SELECT body, checked FROM referrers WHERE upstream = ? AND repository = ? AND subject = ?",
+            (upstream, repository, str(subject)),
+        ).fetchone()
+        return Listed(row[0], row[1]) if row else None
+
     def provenance(self, digest: Digest) -> tuple[list[tuple[str, str]], list[tuple[str, str, str, str, float]]]:
         """Links (upstream, repository) and tags (upstream, repository, tag, accept, checked) of a manifest."""
         links = self._reader.execute("SELECT upstream, repository FROM links WHERE digest = ?", (str(digest),)).fetchall()
@@ -205,6 +230,22 @@ class Catalog:
                 "DELETE FROM tags WHERE upstream = ? AND repository = ? AND tag = ? AND accept = ?", row
             )
         )
+
+    def set_referrers(
+        self, upstream: str, repository: Repository, subject: Digest, body: bytes, checked: float
+    ) -> Future[None]:
+        """The upstream says what refers to a manifest. The oldest lists go when there are too many."""
+
+        def write(connection: sqlite3.Connection) -> None:
+            row = (upstream, repository, str(subject), body, checked)
+            connection.execute("INSERT OR REPLACE INTO referrers VALUES (?, ?, ?, ?, ?)", row)
+            connection.execute(
+                "DELETE FROM referrers WHERE checked <= "
+                "(SELECT checked FROM referrers ORDER BY checked DESC LIMIT 1 OFFSET ?)",
+                (_MAX_LISTS,),
+            )
+
+        return self._submit(write)
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5)

@@ -22,12 +22,13 @@ from proxy.manifests import MAX_BYTES, Manifest, ManifestInvalid, parse_manifest
 from proxy.metrics import Metrics
 from proxy.names import Digest, Repository, Tag, parse_repository, parse_tag
 from proxy.storage.base import StoredBlob
-from proxy.storage.catalog import Catalog, Tagged
+from proxy.storage.catalog import Catalog, Listed, Tagged
 from proxy.storage.layout import DirectoryUnusable, Layout, SpoolFile
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_MAX_LIST = 1024 * 1024
 _TagNote = tuple[str, Repository, Tag, str, Digest, float]
 
 
@@ -123,6 +124,10 @@ class Store:
         """Where the tag pointed last."""
         return self._read(lambda: self._catalog.tag(upstream, repository, tag, accept))
 
+    def referrers(self, upstream: str, repository: Repository, subject: Digest) -> Listed | None:
+        """What the upstream last said that refers to a manifest."""
+        return self._read(lambda: self._catalog.referrers(upstream, repository, subject))
+
     # -- writing: blocking, to be called in a thread -----------------------------------------------------------------
 
     def spool(self) -> SpoolFile | None:
@@ -183,6 +188,11 @@ class Store:
         """Remembers that the upstream has ``digest`` in that repository."""
         if self._wait(self._catalog.link(upstream, repository, digest)):
             self._write_notes({digest})
+
+    def put_referrers(self, upstream: str, repository: Repository, subject: Digest, body: bytes, checked: float) -> None:
+        """Remembers what the upstream says that refers to a manifest; a list that is very long is not kept."""
+        if len(body) <= _MAX_LIST:
+            self._wait(self._catalog.set_referrers(upstream, repository, subject, body, checked))
 
     def _tag_rows(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> list[Digest]:
         return self._read(lambda: self._catalog.tagged_digests(upstream, repository, tag, accept)) or []

@@ -1,4 +1,4 @@
-"""The calls to a registry: manifests and blobs, by HEAD and GET; anonymous so far."""
+"""The calls to a registry: manifests and blobs, by HEAD and GET, and lists; anonymous so far."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import TypeVar
 from yarl import URL
 
 from proxy.config import UpstreamConfig
-from proxy.errors import BlobUnknown, ManifestUnknown, UpstreamBroken, UpstreamFailing
-from proxy.manifests import MAX_BYTES, MODERN
+from proxy.errors import BlobUnknown, ManifestUnknown, NameUnknown, RegistryError, UpstreamBroken, UpstreamFailing
+from proxy.listings import MAX_BYTES as MAX_PAGE
+from proxy.listings import ListQuery, next_page
+from proxy.manifests import MAX_BYTES, MODERN, OCI_INDEX
 from proxy.metrics import Metrics
 from proxy.names import Digest, Reference, Repository
 from proxy.upstream.endpoints import Endpoints
@@ -47,6 +49,19 @@ class ManifestBody:
 
     body: bytes
     content_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page of a list as it came, not verified."""
+
+    body: bytes
+    content_type: str
+    link: tuple[str, ...]
+
+    def following(self) -> ListQuery | None:
+        """The query of the next page; raises ``ListInvalid``."""
+        return next_page(self.link)
 
 
 class BlobStream:
@@ -165,6 +180,42 @@ class Upstream:
                 raise
 
         return await self._endpoints.ask(ask, self._patience, attempt)
+
+    async def list_tags(self, repository: Repository, query: ListQuery, via: str, verify: Verify[Page, T]) -> T:
+        """What ``verify`` makes of a page of tags; raises ``RegistryError``."""
+        path = f"/v2/{repository}/tags/list"
+        unknown = NameUnknown(f"{self.name} has no repository {repository}")
+        return await self._page(repository, path, query, "application/json", via, unknown, verify)
+
+    async def list_referrers(
+        self, repository: Repository, subject: Digest, query: ListQuery, via: str, verify: Verify[Page, T]
+    ) -> T:
+        """What ``verify`` makes of a page of referrers; raises ``ManifestUnknown`` where there is no such list."""
+        path = f"/v2/{repository}/referrers/{subject}"
+        unknown = ManifestUnknown(f"{self.name} does not list what refers to {subject} in {repository}")
+        return await self._page(repository, path, query, OCI_INDEX, via, unknown, verify)
+
+    async def _page(
+        self,
+        repository: Repository,
+        path: str,
+        query: ListQuery,
+        accept: str,
+        via: str,
+        unknown: RegistryError,
+        verify: Verify[Page, T],
+    ) -> T:
+        target = f"{path}?{query.encoded()}" if query.parameters else path
+
+        async def ask(where: Where) -> T:
+            async with self._reply("GET", where, target, repository, {"Accept": accept}, via) as reply:
+                if reply.status == 405:  # another way to say that there is no such list
+                    raise unknown
+                await reply.check(unknown)
+                body = await reply.body(MAX_PAGE)
+                return await verify(Page(body, reply.content_type, tuple(reply.headers.getall("Link", []))))
+
+        return await self._endpoints.ask(ask, self._patience)
 
     @asynccontextmanager
     async def _reply(

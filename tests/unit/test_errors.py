@@ -15,6 +15,7 @@ EXPECTED = {
     "ManifestUnknown": ("MANIFEST_UNKNOWN", 404),
     "BlobUnknown": ("BLOB_UNKNOWN", 404),
     "Denied": ("DENIED", 403),
+    "PaginationNumberInvalid": ("PAGINATION_NUMBER_INVALID", 400),
     "Unsupported": ("UNSUPPORTED", 405),
     "RangeInvalid": ("RANGE_INVALID", 416),
     "RequestTooLarge": ("SIZE_INVALID", 413),
@@ -43,6 +44,7 @@ KNOWN_CODES = frozenset(
         "UNSUPPORTED",
         "TOOMANYREQUESTS",
         "RANGE_INVALID",
+        "PAGINATION_NUMBER_INVALID",
         "UNAVAILABLE",
         "UNKNOWN",
     }

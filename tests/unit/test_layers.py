@@ -25,10 +25,12 @@ ROWS = (
     {"edge"},  # edge stands above handlers: it calls them, and takes DECISION and Handler from there
     {"handlers"},
     {"send"},  # sends what pull answers
+    {"discovery"},  # lists have the form of pull's answers
     {"pull"},
     {"fetch"},
     {"spool"},
     {"policy", "upstream/*", "storage/*"},
+    {"listings"},
     {"config", "manifests"},
     {"values"},
     {"names", "ranges", "once", "threads"},
@@ -48,7 +50,7 @@ FOREIGN = {
 }
 """Libraries that only some may know."""
 
-PURE = ("names", "ranges", "manifests", "policy", "errors", "upstream/challenge", "upstream/addresses")
+PURE = ("names", "ranges", "manifests", "listings", "policy", "errors", "upstream/challenge", "upstream/addresses")
 NOT_PURE = frozenset(
     {
         "asyncio",
