@@ -11,7 +11,8 @@ import pytest
 
 from proxy.manifests import OCI_MANIFEST, Descriptor, Manifest
 from proxy.names import Digest, Repository, Tag, digest_of
-from proxy.storage.catalog import SCHEMA_VERSION, Catalog, CatalogTooNew, Tagged
+from proxy.storage import catalog as module
+from proxy.storage.catalog import SCHEMA_VERSION, Catalog, CatalogTooNew, Listed, Tagged
 
 UP, REPO, TAG, ACCEPT = "registry.test", Repository("team/app"), Tag("1"), "modern"
 LAYER, OLD, NEW, OTHER = (digest_of(name) for name in (b"layer", b"old", b"new", b"other"))
@@ -225,3 +226,35 @@ def test_a_file_that_is_no_database_is_an_error_that_names_it_so(path: Path) -> 
     with pytest.raises(sqlite3.DatabaseError):
         Catalog.open(path)
     assert path.read_bytes() == b"garbage" * 1000
+
+
+def test_referrers_are_what_was_last_said_of_each_subject(catalog: Catalog) -> None:
+    done(catalog.set_referrers(UP, REPO, OLD, b"one", 1.0), catalog.set_referrers(UP, REPO, OLD, b"two", 2.0))
+    done(catalog.set_referrers(UP, Repository("team/other"), OLD, b"three", 1.0))
+    assert catalog.referrers(UP, REPO, OLD) == Listed(b"two", 2.0)
+    assert catalog.referrers(UP, Repository("team/other"), OLD) == Listed(b"three", 1.0)
+    assert catalog.referrers(UP, REPO, NEW) is None
+    assert catalog.referrers("other.test", REPO, OLD) is None
+
+
+def test_the_oldest_lists_of_referrers_give_way(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_LISTS", 3)
+    subjects = [digest_of(bytes([number])) for number in range(5)]
+    done(*(catalog.set_referrers(UP, REPO, subject, b"x", float(number)) for number, subject in enumerate(subjects)))
+    assert [subject for subject in subjects if catalog.referrers(UP, REPO, subject)] == subjects[2:]
+
+
+def test_a_database_of_the_first_schema_is_brought_up_to_date_and_keeps_what_it_says(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.executescript(f"BEGIN; {module._SCHEMA_1} PRAGMA user_version = 1; COMMIT;")
+    connection.execute("INSERT INTO blobs VALUES (?, 5, NULL)", (str(LAYER),))
+    connection.commit()
+    connection.close()
+    for _ in range(2):
+        catalog = Catalog.open(path)
+        try:
+            assert catalog.digests() == {LAYER: 5}
+            done(catalog.set_referrers(UP, REPO, LAYER, b"x", 1.0))
+            assert catalog.referrers(UP, REPO, LAYER) == Listed(b"x", 1.0)
+        finally:
+            catalog.close()
