@@ -16,7 +16,7 @@ from proxy.errors import NameUnknown, RegistryError, RequestInvalid, RequestTooL
 from proxy.handlers import DECISION, Handler
 from proxy.logs import printable
 from proxy.metrics import Metrics
-from proxy.send import BODY_BYTES, COMMON_HEADERS, BodyCut, cut
+from proxy.send import BODY_BYTES, COMMON_HEADERS, TAKEN, BodyCut, cut
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("proxy.access")
@@ -58,11 +58,11 @@ class Edge:
         except BodyCut as failure:
             status, error = "cut", str(failure)
             raise
-        except ConnectionError:
-            status, error = "left", "the client has gone"
-            raise
-        except asyncio.CancelledError:
-            status, error = "left", "the client has gone"
+        except (ConnectionError, asyncio.CancelledError):
+            if (taken := request.get(TAKEN)) is not None:
+                status = str(taken)
+            else:
+                status, error = "left", "the client has gone"
             raise
         except Exception as failure:
             status, error = "500", type(failure).__name__

@@ -219,8 +219,8 @@ class Fetcher:
         """A reader of the download of ``digest``, which begins now unless it is in flight.
 
         ``size``: as a manifest states it, if one does. ``start``: the first byte that the client wants. A client that
-        comes back for the rest of content whose download has just failed is refused, so that it goes on elsewhere; one
-        that begins anew is not. ``own``: not a download of another origin, which has just failed this client.
+        comes back for the rest of content that has just turned out to be wrong is refused, so that it goes on elsewhere;
+        one that begins anew is not. ``own``: not a download of another origin, which has just failed this client.
         """
         if start > 0 and (reason := self._failed.get((digest, origin))) is not None:
             raise UpstreamBroken(f"the download failed a moment ago: {reason}")
@@ -284,9 +284,9 @@ class Fetcher:
     def _remember(self, fill: Fill, error: RegistryError) -> None:
         if fill.spool.announced or isinstance(error, Mismatch):
             log.warning("the download of %s failed: %s", fill.spool.digest, error)
-            self._failed[fill.spool.digest, fill.origin] = str(error)
         if isinstance(error, Mismatch):
             key = fill.spool.digest, fill.origin
+            self._failed[key] = str(error)
             self._turns[key] = self._turns.get(key, 0) + 1  # the next download begins at the next endpoint
             self._metrics.mismatches.labels(fill.origin[0]).inc()
 

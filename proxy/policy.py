@@ -30,17 +30,18 @@ class Route:
 def route(routes: Routes, namespaces: Sequence[str], name: str) -> Route:
     """What a request means by ``name`` and its ``ns`` parameters; raises ``NameUnknown`` or ``NameInvalid``.
 
-    ``ns`` is what containerd sends to a mirror (``docs/hosts.md``): with it the path is taken as it is. Without it a first
-    component that is host-like must be a configured upstream; only other names go to the default upstream. What is not
-    configured is 404, without any contact: an unknown name never falls to the default (image confusion).
+    ``ns`` is what containerd sends to a mirror (``docs/hosts.md``): with it the path is taken as it is, but for the
+    upstream's own name, which stands before it once more where ``override_path`` is used. Without it a first component
+    that is host-like must be a configured upstream; only other names go to the default upstream. What is not configured is
+    404, without any contact: an unknown name never falls to the default (image confusion).
     """
+    first, slash, rest = name.partition("/")
     if namespaces:
         upstream = canonical_host(namespaces[0])
         if len(namespaces) != 1 or upstream not in routes.names:
             raise NameUnknown("the registry named in 'ns' is not among the upstreams of this cache")
-        path = name
+        path = rest if slash and first in (upstream, upstream.replace(":", "_")) else name  # override_path says it twice
     else:
-        first, slash, rest = name.partition("/")
         first = canonical_host(first)
         if slash and first in routes.prefixes:
             upstream, path = routes.prefixes[first], rest

@@ -28,10 +28,15 @@ _AT_ONCE = 1024 * 1024
 _CHUNK = 256 * 1024
 _SLOW_BYTES = 1024
 _SLOW_SECONDS = 60.0
+_CLOSE_WAIT = 8  # tcp_states.h
 
 
 BODY_BYTES = web.RequestKey("body_bytes", int)
 """How much of a body a client was given."""
+
+
+TAKEN = web.RequestKey("taken", int)
+"""The status of an answer that the client took whole before it closed: podman closes after each."""
 
 
 class BodyCut(ConnectionResetError):
@@ -161,8 +166,13 @@ async def _send_body(
             count = len(piece) if isinstance(piece, bytes) else piece.count
             request[BODY_BYTES] = request.get(BODY_BYTES, 0) + count
             metrics.sent_bytes.inc(count)
-        await wire.patiently(response.write_eof())
-        await wire.patiently(request.writer.drain())  # aiohttp leaves what is below 64 KiB an answer in its buffer
+        try:
+            await wire.patiently(response.write_eof())
+            await wire.patiently(request.writer.drain())  # aiohttp leaves what is below 64 KiB an answer in its buffer
+        except (ConnectionError, asyncio.CancelledError):
+            if wire.all_taken():
+                request[TAKEN] = response.status
+            raise
 
 
 class _Socket:
@@ -201,7 +211,8 @@ class _Socket:
             if sent == 0:
                 raise CacheFailing("a file in the cache directory was cut short")
             offset += sent
-            await asyncio.sleep(0)  # one client's speed is not another's wait
+            if offset < end:
+                await asyncio.sleep(0)  # one client's speed is not another's wait
 
     async def patiently(self, writing: Coroutine[Any, Any, None]) -> None:
         """Waits for ``writing`` as long as the client goes on taking something; cuts it otherwise."""
@@ -233,6 +244,12 @@ class _Socket:
             await writable
         finally:
             loop.remove_writer(self._descriptor)
+
+    def all_taken(self) -> bool:
+        """Whether the client has acknowledged all that it was given and closed in good order, without a reset."""
+        with socket.socket(fileno=os.dup(self._descriptor)) as sock:
+            state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        return self._left() == 0 and state == _CLOSE_WAIT
 
     def _left(self) -> int:
         """Bytes that the client has not yet taken of what was given to it (``SIOCOUTQ``, tcp(7), and the transport's)."""
