@@ -283,10 +283,10 @@ class Containerd(Service):
     """A containerd with its own root, state, socket and registry hosts; needs root."""
 
     name = "containerd"
-    namespace = "default"
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, namespace: str = "default") -> None:
         super().__init__(root)
+        self.namespace = namespace
         self.hosts_dir = root / "certs.d"
         self.hosts_dir.mkdir(exist_ok=True)
         self.socket = root / "containerd.sock"
@@ -329,19 +329,24 @@ class Containerd(Service):
     def hosts_toml(
         self,
         registry_host: str,
-        mirror_url: str,
+        *mirror_urls: str,
         server: str | None = None,
         capabilities: Sequence[str] = ("pull", "resolve"),
+        override_path: bool = False,
     ) -> Path:
-        """Make ``mirror_url`` the mirror of a registry; the file, which may also be written anew.
+        """Give a registry mirrors, in this order; the file, which may also be written anew.
 
-        Without ``server`` the registry itself, over https, is what a failing mirror leads to.
+        Without ``server`` the registry itself, over https, is what a failing mirror leads to. A registry with a port
+        may be written as ``host_port_``, too.
         """
+        lines = [f"server = {json.dumps(server)}"] if server is not None else []
+        for url in mirror_urls:
+            lines += [f"[host.{json.dumps(url)}]", f"capabilities = {json.dumps(list(capabilities))}"]
+            lines += ["override_path = true"] if override_path else []
         folder = self.hosts_dir / registry_host
         folder.mkdir(exist_ok=True)
-        top = f"server = {json.dumps(server)}\n" if server is not None else ""
         file = folder / "hosts.toml"
-        file.write_text(f"{top}[host.{json.dumps(mirror_url)}]\ncapabilities = {json.dumps(list(capabilities))}\n")
+        file.write_text("".join(f"{line}\n" for line in lines))
         return file
 
     def pull(self, reference: str, *options: str, platform: str | None = None) -> str:
@@ -367,6 +372,10 @@ class Containerd(Service):
         """Digest -> size of all that it holds, as ``ctr content ls`` says."""
         rows = (line.split() for line in self.ctr("content", "ls").splitlines()[1:])
         return {row[0]: self.content_path(row[0]).stat().st_size for row in rows if row}
+
+    def unfinished(self) -> list[str]:
+        """What it has begun to receive and not completed, as ``ctr content active`` says."""
+        return [row.split()[0] for row in self.ctr("content", "active").splitlines()[1:] if row.strip()]
 
     def images(self) -> dict[str, str]:
         """Reference -> digest of the images that it knows."""
