@@ -5,14 +5,15 @@ RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates
 ARG PIP_CERT
 WORKDIR /src
 COPY requirements.lock requirements-build.lock ./
-RUN python3 -m venv /opt/build && python3 -m venv /opt/pullcache \
+# pip stays in a folder that is left behind: what is copied below never had one.
+RUN python3 -m venv /opt/build && python3 -m venv --without-pip /opt/pullcache \
  && /opt/build/bin/pip install --no-cache-dir --require-hashes --only-binary :all: -r requirements-build.lock \
- && /opt/pullcache/bin/pip install --no-cache-dir --require-hashes --only-binary :all: -r requirements.lock
+ && /opt/build/bin/pip --python /opt/pullcache/bin/python install --no-cache-dir --require-hashes --only-binary :all: \
+      -r requirements.lock
 COPY pyproject.toml README.md ./
 COPY proxy proxy
 RUN /opt/build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheel . \
- && /opt/pullcache/bin/pip install --no-cache-dir --no-deps --no-index /wheel/*.whl \
- && /opt/pullcache/bin/pip uninstall --yes pip setuptools
+ && /opt/build/bin/pip --python /opt/pullcache/bin/python install --no-cache-dir --no-deps --no-index /wheel/*.whl
 
 FROM docker.io/library/debian:bookworm-slim
 RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates python3 \
@@ -23,5 +24,7 @@ USER 65532:65532
 ENV PATH=/opt/pullcache/bin:$PATH PYTHONDONTWRITEBYTECODE=1 XDG_CACHE_HOME=/var/lib
 VOLUME /var/lib/pullcache
 EXPOSE 5000 5001
+# Without a shell and without curl. It asks 127.0.0.1:5001: where 'admin' is another port, run it with --health-cmd.
+HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 CMD ["pullcache", "health"]
 ENTRYPOINT ["pullcache"]
 CMD ["serve", "--listen", ":5000", "--admin", ":5001"]

@@ -7,9 +7,10 @@ LISTEN ?=
 ARGS   ?=
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help run test check faults bench clean
+.PHONY: help run demo test check faults bench clean
 help:
 	@echo "make run     serve on 127.0.0.1:5000 (make run LISTEN=0.0.0.0:5000, make run ARGS='--config my.yaml')"
+	@echo "make demo    what it saves, shown on this machine alone: real images, 20 clients at once, a registry that stops"
 	@echo "make test    install what the tests need, and run all of them"
 	@echo "make check   ruff, mypy, layers, documents"
 	@echo "make faults  the long fault runs: crashes at every moment and step, failing disks"
@@ -17,6 +18,10 @@ help:
 
 run: $(VENV)/.run
 	$(BIN)/pullcache serve $(if $(LISTEN),--listen $(LISTEN)) $(ARGS)
+
+demo: $(VENV)/.test
+	@sh tests/real/install.sh
+	@$(BIN)/python -m tests.demo
 
 test: $(VENV)/.test
 	@sh tests/real/install.sh

@@ -41,7 +41,7 @@ _TREE = {
     "big": "usr/lib/[^/]+/lib(LLVM|icu|z3)",
 }
 _LEFT_OUT = re.compile(r"(dev|proc|sys|etc/apt|var/(lib|cache)/apt|var/log|tmp)(/|$)")
-_MERGED_USR = Path("/usr/share/mmdebstrap/hooks/merged-usr")
+MERGED_USR = Path("/usr/share/mmdebstrap/hooks/merged-usr")
 
 
 class ImageError(RuntimeError):
@@ -245,9 +245,9 @@ class _Builder:
     def _packages(self, architecture: str, packages: Iterable[str]) -> Path:
         """The unpacked packages of one architecture, as one tar."""
         suite = self._release["VERSION_CODENAME"]
-        sources = _apt_sources(suite)
+        sources = apt_sources(suite)
         settings = self._directory / "apt.conf"
-        settings.write_text(_apt_settings())
+        settings.write_text(apt_settings())
         target = self._directory / f"{architecture}.tar"
         command = [
             "mmdebstrap",
@@ -257,9 +257,9 @@ class _Builder:
             f"--aptopt={settings}",
             f"--include={','.join(packages)}",
         ]
-        if _MERGED_USR.is_dir():
-            command.append(f"--hook-dir={_MERGED_USR}")
-        _run([*command, suite, str(target), *map(str, sources)])
+        if MERGED_USR.is_dir():
+            command.append(f"--hook-dir={MERGED_USR}")
+        tool([*command, suite, str(target), *map(str, sources)])
         return target
 
     def _layers(self, tree: Path, architecture: str) -> list[_Layer]:
@@ -303,7 +303,7 @@ def _os_release() -> dict[str, str]:
     return release
 
 
-def _apt_sources(suite: str) -> list[Path]:
+def apt_sources(suite: str) -> list[Path]:
     """The machine's own apt sources, as far as they are about its release."""
     folder = Path("/etc/apt/sources.list.d")
     files = [Path("/etc/apt/sources.list"), *sorted(folder.glob("*.list")), *sorted(folder.glob("*.sources"))]
@@ -314,22 +314,23 @@ def _apt_sources(suite: str) -> list[Path]:
     return found
 
 
-def _apt_settings() -> str:
+def apt_settings() -> str:
     """How the machine's own apt fetches (proxies, certificates, credentials)."""
-    fetching = _run(["apt-config", "dump", "Acquire"])
+    fetching = tool(["apt-config", "dump", "Acquire"])
     return f'{fetching}Dir::Etc::netrc "/etc/apt/auth.conf";\nDir::Etc::netrcparts "/etc/apt/auth.conf.d";\n'
 
 
 def _llvm() -> str:
     """The name of the newest LLVM library: the one really large thing in the image."""
-    found = _run(["apt-cache", "search", "--names-only", "^libllvm"])
+    found = tool(["apt-cache", "search", "--names-only", "^libllvm"])
     names = re.findall(r"^(libllvm(\d+)) ", found, re.MULTILINE)
     if not names:
         raise ImageError("apt knows no libllvm package (apt-get update)")
     return str(max(names, key=lambda name: int(name[1]))[0])
 
 
-def _run(command: list[str]) -> str:
+def tool(command: list[str]) -> str:
+    """Run one of Debian's tools to its end; its standard output."""
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600, env=environment)
     if done.returncode:
