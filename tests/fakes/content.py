@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .answers import as_json, oci_error, status
+from .lists import Lists, referrer, referrers_tag
 from .messages import Answer, Request
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -18,6 +19,7 @@ OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+OCI_EMPTY = "application/vnd.oci.empty.v1+json"
 OCTETS = "application/octet-stream"
 
 ARCHITECTURES = ("amd64", "arm64", "arm", "ppc64le", "s390x", "riscv64")
@@ -64,10 +66,11 @@ class Repository:
 
 
 class Content:
-    """Repositories with their content, and the truth about them in HTTP."""
+    """Repositories with their content, and the truth about them in HTTP; ``lists`` says how it lists."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
+        self.lists = Lists()
 
     def repository(self, repo: str) -> Repository:
         """The repository of this name, made if need be."""
@@ -129,6 +132,50 @@ class Content:
         self._store(repo, index, tag)
         return index
 
+    def add_artifact(
+        self,
+        repo: str,
+        subject: Manifest,
+        artifact_type: str | None = None,
+        *,
+        tag: str | None = None,
+        config_type: str = OCI_EMPTY,
+        data: bytes = b"{}",
+        annotations: Mapping[str, str] | None = None,
+    ) -> Manifest:
+        """Store an artifact that refers to a manifest, which need not be there: a signature, for example."""
+        config, layer = self.add_blob(repo, b"{}"), self.add_blob(repo, data)
+        document: dict[str, Any] = {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            "config": {"mediaType": config_type, "digest": config, "size": 2},
+            "layers": [{"mediaType": artifact_type or OCTETS, "digest": layer, "size": len(data)}],
+            "subject": subject.descriptor(),
+        }
+        document |= {"artifactType": artifact_type} if artifact_type else {}
+        document |= {"annotations": dict(annotations)} if annotations else {}
+        body = json.dumps(document).encode()
+        artifact = Manifest(OCI_MANIFEST, body, digest_of(body))
+        self._store(repo, artifact, tag)
+        return artifact
+
+    def referrers(self, repo: str, digest: str) -> list[dict[str, Any]]:
+        """The descriptors of what refers to a digest, in the order in which it came."""
+        entries = []
+        for manifest in self.repository(repo).manifests.values():
+            document = json.loads(manifest.data) if b'"subject"' in manifest.data else {}
+            if (document.get("subject") or {}).get("digest") == digest:
+                entries.append(referrer(document, manifest.descriptor()))
+        return entries
+
+    def push_referrers_tag(self, repo: str, digest: str) -> Manifest:
+        """Do what clients do where there is no API for referrers: let the tag of the subject hold their index."""
+        document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": self.referrers(repo, digest)}
+        data = json.dumps(document).encode()
+        index = Manifest(OCI_INDEX, data, digest_of(data))
+        self._store(repo, index, referrers_tag(digest))
+        return index
+
     def move_tag(self, repo: str, tag: str, digest: str) -> None:
         """Let a tag point at another manifest from now on."""
         assert digest in self.repository(repo).manifests, "a tag points at a manifest that is there"
@@ -171,9 +218,11 @@ class Content:
             case "manifests":
                 return _manifest(held, route["reference"])
             case "tags":
-                return _tags(held, route["repo"], request)
+                return self.lists.tags(route["repo"], held.tags, request)
             case _:
-                return _referrers(held, route["reference"])
+                digest = route["reference"]
+                entries = self.referrers(route["repo"], digest)
+                return self.lists.referrers(route["repo"], digest, entries, request, OCI_INDEX)
 
 
 def repo_of(path: str) -> str | None:
@@ -211,24 +260,3 @@ def _blob(held: Repository, digest: str, request: Request) -> Answer:
         return oci_error(416, "RANGE_INVALID", headers=[("Content-Range", f"bytes */{len(data)}")])
     headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
     return status(206, data[first : last + 1], OCTETS, headers)
-
-
-def _tags(held: Repository, repo: str, request: Request) -> Answer:
-    last = request.params.get("last", [""])[0]
-    tags = sorted(tag for tag in held.tags if tag > last)
-    limit = int(request.params.get("n", [str(len(tags))])[0])
-    page = tags[:limit]
-    headers = []
-    if page and len(page) < len(tags):
-        headers = [("Link", f'</v2/{repo}/tags/list?n={limit}&last={page[-1]}>; rel="next"')]
-    return as_json({"name": repo, "tags": page}, headers=headers)
-
-
-def _referrers(held: Repository, digest: str) -> Answer:
-    entries = []
-    for manifest in held.manifests.values():
-        subject = json.loads(manifest.data).get("subject") if b'"subject"' in manifest.data else None
-        if subject is not None and subject["digest"] == digest:
-            entries.append(manifest.descriptor())
-    document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
-    return status(200, json.dumps(document).encode(), OCI_INDEX)

@@ -20,6 +20,7 @@ from .answers import Step, compose
 from .client import NoResponse, WireResponse, fetch, finish, open_stream, open_wire, raw_exchange, read_head
 from .content import OCI_INDEX, OCI_MANIFEST, digest_of
 from .dns import Query, ScriptedDNS, with_resolver, write_resolv_conf
+from .lists import referrers_tag
 from .messages import BEFORE_HEADERS, Answer, Request
 from .recorder import Sink
 from .registry import ScriptedRegistry
@@ -139,6 +140,138 @@ async def test_serves_images_indexes_and_lists(reg: ScriptedRegistry) -> None:
     assert error_code(await ask(f"blobs/{image.config_digest}")) == "BLOB_UNKNOWN"
     reg.remove(REPO)
     assert error_code(await ask("manifests/all")) == "NAME_UNKNOWN"
+
+
+# --- lists ---
+
+
+@pytest.fixture
+def tagged(reg: ScriptedRegistry) -> ScriptedRegistry:
+    """The registry with five tags."""
+    image = reg.add_image(REPO, None, [b"layer"])
+    for tag in ("c", "a", "B", "10", "9"):
+        reg.move_tag(REPO, tag, image.digest)
+    return reg
+
+
+async def list_of(reg: ScriptedRegistry, target: str) -> tuple[list[Any], str | None]:
+    """A page of tags or referrers, and the target of the link to the next."""
+    answer = await fetch("127.0.0.1", reg.port, "GET", target)
+    assert answer.status == 200, answer.body
+    link = answer.headers.get("Link")
+    assert link is None or (link.startswith("<") and link.endswith('>; rel="next"'))
+    document = json.loads(answer.body)
+    return document.get("tags", document.get("manifests")), link and link[1:].partition(">")[0]
+
+
+@pytest.mark.parametrize(
+    ("query", "page", "link"),
+    [
+        ("", ["10", "9", "B", "a", "c"], None),
+        ("?n=5", ["10", "9", "B", "a", "c"], None),
+        ("?n=0", [], None),
+        ("?n=2", ["10", "9"], "?n=2&last=9"),
+        ("?n=2&last=9", ["B", "a"], "?n=2&last=a"),
+        ("?n=2&last=a", ["c"], None),
+        ("?last=C", ["a", "c"], None),
+        ("?last=c", [], None),
+    ],
+)
+async def test_tags_are_listed_in_order_from_last_up_to_n(
+    tagged: ScriptedRegistry, query: str, page: list[str], link: str | None
+) -> None:
+    path = f"/v2/{REPO}/tags/list"
+    assert await list_of(tagged, path + query) == (page, link and path + link)
+
+
+@pytest.mark.parametrize("n", ["-1", "x", "", "1.5", "%D9%A3"])
+async def test_a_number_of_tags_that_is_none_is_refused(tagged: ScriptedRegistry, n: str) -> None:
+    answer = await fetch("127.0.0.1", tagged.port, "GET", f"/v2/{REPO}/tags/list?n={n}")
+    assert (answer.status, error_code(answer)) == (400, "PAGINATION_NUMBER_INVALID")
+
+
+@pytest.mark.parametrize("cursor", [None, "token"])
+@pytest.mark.parametrize("size", [1, 2, 5])
+async def test_a_registry_may_page_by_itself_and_by_a_cursor(
+    tagged: ScriptedRegistry, size: int, cursor: str | None
+) -> None:
+    tagged.lists.page_size, tagged.lists.cursor = size, cursor
+    found, target = await list_of(tagged, f"/v2/{REPO}/tags/list?n=4")
+    while target:
+        assert f"{cursor or 'last'}=" in target
+        page, target = await list_of(tagged, target)
+        assert len(page) <= size
+        found += page
+    assert found == ["10", "9", "B", "a", "c"]
+    if cursor:
+        assert (await list_of(tagged, f"/v2/{REPO}/tags/list?last=c"))[0][:1] == ["10"], "last means nothing"
+
+
+async def test_a_registry_may_page_as_it_pleases(tagged: ScriptedRegistry) -> None:
+    path = f"/v2/{REPO}/tags/list?n=1&last=9"
+    tagged.lists.takes_n = False
+    assert (await list_of(tagged, path))[0] == ["B", "a", "c"]
+    tagged.lists.page_size = 2
+    assert await list_of(tagged, path) == (["B", "a"], f"/v2/{REPO}/tags/list?n=1&last=a")
+    tagged.lists.page_size, tagged.lists.takes_last = None, False
+    assert await list_of(tagged, path) == (["10", "9", "B", "a", "c"], None)
+
+
+async def test_links_may_lead_anywhere(tagged: ScriptedRegistry) -> None:
+    tagged.lists.link_to = lambda target: f"https://else.test{target}&x=1"
+    assert (await list_of(tagged, f"/v2/{REPO}/tags/list?n=1"))[
+        1
+    ] == f"https://else.test/v2/{REPO}/tags/list?n=1&last=10&x=1"
+
+
+async def test_referrers_say_what_they_are_and_are_filtered(reg: ScriptedRegistry) -> None:
+    subject = reg.add_image(REPO, "1", [b"layer"])
+    notes = {"who": "me"}
+    a = reg.add_artifact(REPO, subject, "application/a", annotations=notes)
+    b = reg.add_artifact(REPO, subject, config_type="application/b")
+    path = f"/v2/{REPO}/referrers/{subject.digest}"
+    first = a.descriptor(artifactType="application/a", annotations=notes)
+    second = b.descriptor(artifactType="application/b")
+    answer = await fetch("127.0.0.1", reg.port, "GET", path)
+    assert answer.headers.get("Content-Type") == OCI_INDEX
+    assert json.loads(answer.body) == {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [first, second]}
+    for filters, found in ((True, [second]), (False, [first, second])):
+        reg.lists.filters = filters
+        answer = await fetch("127.0.0.1", reg.port, "GET", f"{path}?artifactType=application%2Fb")
+        assert json.loads(answer.body)["manifests"] == found
+        assert answer.headers.get("OCI-Filters-Applied") == ("artifactType" if filters else None)
+    assert await list_of(reg, f"/v2/{REPO}/referrers/{digest_of(b'other')}") == ([], None)
+    refused = await fetch("127.0.0.1", reg.port, "GET", f"/v2/{REPO}/referrers/sha256:short")
+    assert (refused.status, error_code(refused)) == (400, "DIGEST_INVALID")
+
+
+@pytest.mark.parametrize("cursor", [None, "next"])
+async def test_referrers_may_be_paged(reg: ScriptedRegistry, cursor: str | None) -> None:
+    subject = reg.add_image(REPO, "1", [b"layer"])
+    made = [reg.add_artifact(REPO, subject, f"a/{n % 2}", data=bytes([n])).digest for n in range(7)]
+    reg.lists.referrers_page_size, reg.lists.cursor = 2, cursor
+    for query, expected in (("", made), ("?artifactType=a%2F0", made[::2])):
+        found, target = await list_of(reg, f"/v2/{REPO}/referrers/{subject.digest}{query}")
+        while target:
+            page, target = await list_of(reg, target)
+            assert len(page) <= 2
+            found += page
+        assert [entry["digest"] for entry in found] == expected
+
+
+async def test_without_the_api_a_tag_holds_the_referrers(reg: ScriptedRegistry) -> None:
+    reg.lists.referrers_api = False
+    subject = reg.add_image(REPO, "1", [b"layer"])
+    made = reg.add_artifact(REPO, subject, "application/a")
+    answer = await fetch("127.0.0.1", reg.port, "GET", f"/v2/{REPO}/referrers/{subject.digest}")
+    assert (answer.status, answer.body) == (404, b"404 page not found\n")
+    path = f"/v2/{REPO}/manifests/{subject.digest.replace(':', '-')}"
+    assert (await fetch("127.0.0.1", reg.port, "GET", path)).status == 404
+    index = reg.push_referrers_tag(REPO, subject.digest)
+    answer = await fetch("127.0.0.1", reg.port, "GET", path)
+    assert (answer.body, answer.headers.get("Content-Type")) == (index.data, OCI_INDEX)
+    assert json.loads(index.data)["manifests"] == [made.descriptor(artifactType="application/a")]
+    assert len(referrers_tag(digest_of(b"", "sha512"))) == len("sha512-") + 64
 
 
 async def test_knows_its_other_algorithms_and_limits(reg: ScriptedRegistry) -> None:
