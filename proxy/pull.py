@@ -161,6 +161,7 @@ class Pull:
         """A held manifest that this repository may be served; asks upstream where that was not proved."""
         held = self._manifest(digest)
         if held is not None and not self._store.is_linked(target.upstream, target.repository, digest):
+            media_type = held.media_type  # "*/*" would not do: docker-registry 2.8 then knows no OCI image
             upstream = self._upstreams[target.upstream]
 
             async def verify(answer: ManifestBody) -> None:
@@ -168,9 +169,9 @@ class Pull:
                     raise self._mismatch(target, f"sent another manifest than {digest}")
 
             async def head() -> None:
-                told = await upstream.head_manifest(target.repository, digest, "*/*", target.via)
+                told = await upstream.head_manifest(target.repository, digest, media_type, target.via)
                 if not told.is_told or told.digest != digest:  # 405, a login page, no word of which: only bytes tell
-                    await upstream.get_manifest(target.repository, digest, "*/*", target.via, verify)
+                    await upstream.get_manifest(target.repository, digest, media_type, target.via, verify)
 
             await self._prove(target, digest, head)
         return held

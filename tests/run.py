@@ -1,6 +1,6 @@
 """Runs every test, and says last how many were skipped and why: ``python -m tests.run [pytest arguments]``.
 
-With ``CI`` set, a skip is a failure: there everything that a test needs can be had.
+With ``CI`` set, a skip is a failure: there everything that a test needs can be had, but for what says that it is not.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ import os
 import sys
 
 import pytest
+
+_OPTIONAL = "not to be had here: "
+"""How the reason of a skip begins that is no failure: a program that this release of Debian does not have."""
 
 
 class Count:
@@ -42,7 +45,8 @@ def main() -> int:
     for line in count.skipped:
         print(f"skipped: {line}")
     print(f"{count.passed} passed, {count.failed} failed, {len(count.skipped)} skipped")
-    return code or (1 if count.skipped and os.environ.get("CI") else 0)
+    missed = [line for line in count.skipped if _OPTIONAL not in line]
+    return code or (1 if missed and os.environ.get("CI") else 0)
 
 
 if __name__ == "__main__":
