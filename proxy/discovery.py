@@ -134,7 +134,12 @@ class Discovery:
         size = 0
         query = ListQuery()
         for _ in range(_MAX_PAGES):
-            page, following = await upstream.list_referrers(target.repository, subject, query, target.via, verify)
+            try:
+                page, following = await upstream.list_referrers(target.repository, subject, query, target.via, verify)
+            except ManifestUnknown as error:
+                if query == ListQuery():
+                    raise
+                raise self._unusable(target, subject, "it breaks off between its pages") from error  # half would hide some
             descriptors += page
             size += sum(len(str(item)) for item in page)
             if following is None:

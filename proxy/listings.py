@@ -20,10 +20,14 @@ from proxy.names import Digest, Tag, is_tag
 MAX_BYTES = 8 * 1024 * 1024
 """Larger pages are refused; a hundred thousand tags are some 3 MiB."""
 
+_MAX_ELEMENTS = 250_000
+"""Commas and brackets: empty lists take seven times their size in memory."""
+
 _MAX_PARAMETERS = 8
 _MAX_QUERY = 2048
 _NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 _LINK = re.compile(r"<([^<>]{1,4096})>((?:\s*;\s*[\w*-]+(?:\s*=\s*(?:\"[^\"]*\"|[^\s;,\"]*))?)*)", re.ASCII)
+_MEDIA_TYPE = re.compile(r"[!-~]{1,255}", re.ASCII)
 _REL_NEXT = re.compile(r";\s*rel\s*=\s*(?:\"(?:[^\"]*\s)?next(?:\s[^\"]*)?\"|next(?=\s*(?:;|$)))", re.ASCII | re.IGNORECASE)
 
 
@@ -87,6 +91,8 @@ def next_page(link: Sequence[str]) -> ListQuery | None:
 
 def parse_tags(body: bytes) -> list[Tag]:
     """The tags in a page; raises ``ListInvalid``. What is no legal tag could not be asked for, and is left out."""
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > _MAX_ELEMENTS:
+        raise ListInvalid("it has too many elements")
     try:
         document = json.loads(body)
         tags = document["tags"] if isinstance(document, dict) else 0
@@ -104,10 +110,14 @@ def parse_tags(body: bytes) -> list[Tag]:
 def page_of(tags: list[Tag], query: ListQuery, following: ListQuery | None) -> tuple[list[Tag], ListQuery | None]:
     """The page that ``query`` means, and the query of the next one, out of what the upstream answered to it.
 
-    Registries that do not page answer with everything, each time: the page is then cut out here.
+    Registries that do not page (docker-registry 2.8) answer with everything each time, in no order: the page is then cut
+    out here. Those that page in an order of their own, byte by byte or whatever the case, are left theirs.
     """
-    if query.last is not None and query.last in tags:
-        tags = tags[tags.index(Tag(query.last)) + 1 :]
+    last = query.last or ""
+    if any(tag == last or (tag < last and tag.lower() < last.lower()) for tag in tags):  # after it in no order: ignored
+        tags = [tag for tag in sorted(tags) if tag > last]
+    elif following is None and tags not in (sorted(tags), sorted(tags, key=str.lower)):
+        tags = sorted(tags)
     if query.n == 0:
         return [], None
     if query.n is not None and len(tags) > query.n:
@@ -129,7 +139,19 @@ def parse_referrers(body: bytes, content_type: str) -> list[dict[str, Any]]:
         raise ListInvalid(str(error)) from error
     if manifest.media_type != OCI_INDEX:
         raise ListInvalid(f"it is {manifest.media_type}, not an OCI index")
-    return list(json.loads(body).get("manifests") or [])
+    descriptors = list(json.loads(body).get("manifests") or [])
+    for item in descriptors:
+        notes = item.get("annotations") or {}
+        kinds = (item.get("mediaType"), item.get("artifactType") or "-")
+        if not all(isinstance(kind, str) and _MEDIA_TYPE.fullmatch(kind) for kind in kinds):
+            raise ListInvalid("it has a descriptor whose type is no media type")
+        if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+            raise ListInvalid("it has a descriptor whose annotations are no text")
+    try:
+        json.dumps(descriptors, allow_nan=False)
+    except ValueError as error:
+        raise ListInvalid("it has a number that is none") from error
+    return descriptors
 
 
 def referrers_document(descriptors: list[dict[str, Any]]) -> bytes:

@@ -1,17 +1,26 @@
 """Runs every test, and says last how many were skipped and why: ``python -m tests.run [pytest arguments]``.
 
-With ``CI`` set, a skip is a failure: there everything that a test needs can be had, but for what says that it is not.
+Without arguments two halves run side by side, one of them with the real programs. With ``CI`` set, a skip is a failure:
+there everything that a test needs can be had, but for what says that it is not.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 
+HALVES = {"real": ["tests/real"], "rest": ["tests", "--ignore=tests/real"]}
+
 _OPTIONAL = "not to be had here: "
 """How the reason of a skip begins that is no failure: a program that this release of Debian does not have."""
+
+_SUM = re.compile(r"(\d+) passed, (\d+) failed, (\d+) skipped")
 
 
 class Count:
@@ -38,15 +47,61 @@ class Count:
             self.failed += 1
 
 
-def main() -> int:
-    """The exit code: pytest's, or 1 for a skip in CI."""
+def one(arguments: list[str]) -> int:
+    """One run of pytest; the exit code: pytest's, or 1 for a skip in CI."""
     count = Count()
-    code = int(pytest.main(["-q", *sys.argv[1:]], plugins=[count]))
+    code = int(pytest.main(["-q", *arguments], plugins=[count]))
     for line in count.skipped:
         print(f"skipped: {line}")
     print(f"{count.passed} passed, {count.failed} failed, {len(count.skipped)} skipped")
     missed = [line for line in count.skipped if _OPTIONAL not in line]
     return code or (1 if missed and os.environ.get("CI") else 0)
+
+
+class Half(threading.Thread):
+    """One run in a process of its own, its lines passed on as they come."""
+
+    def __init__(self, name: str, arguments: list[str]) -> None:
+        super().__init__(name=name)
+        self.lines: list[str] = []
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.run", "-p", "no:cacheprovider", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        self.start()
+
+    def run(self) -> None:
+        """Passes the lines on."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.append(line.rstrip())
+            print(f"{self.name} | {line}", end="", flush=True)
+
+    @property
+    def code(self) -> int:
+        """Its exit code, once it has ended."""
+        self.join()
+        return self._process.wait()
+
+
+def main() -> int:
+    """The exit code."""
+    if sys.argv[1:]:
+        return one(sys.argv[1:])
+    halves = [Half(name, arguments) for name, arguments in HALVES.items()]
+    codes = [half.code for half in halves]
+    print()
+    for half in halves:
+        print("\n".join(line for line in half.lines if line.startswith(("FAILED", "ERROR", "skipped: "))))
+    found = [match for half in halves for line in half.lines[-1:] if (match := _SUM.fullmatch(line))]
+    passed, failed, skipped = (sum(int(match[group]) for match in found) for group in (1, 2, 3))
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return max(codes, key=abs)
 
 
 if __name__ == "__main__":

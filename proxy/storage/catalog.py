@@ -45,7 +45,7 @@ CREATE INDEX referrers_by_age ON referrers (checked);
 """
 _STEPS = (_SCHEMA_1, _SCHEMA_2)
 SCHEMA_VERSION = len(_STEPS)
-_MAX_LISTS = 10_000
+_MAX_LISTS = 4096
 
 
 class CatalogTooNew(Exception):

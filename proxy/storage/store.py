@@ -28,7 +28,7 @@ from proxy.storage.layout import DirectoryUnusable, Layout, SpoolFile
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_MAX_LIST = 1024 * 1024
+_MAX_LIST = 256 * 1024
 _TagNote = tuple[str, Repository, Tag, str, Digest, float]
 
 

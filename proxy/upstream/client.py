@@ -209,8 +209,8 @@ class Upstream:
 
         async def ask(where: Where) -> T:
             async with self._reply("GET", where, target, repository, {"Accept": accept}, via) as reply:
-                if reply.status == 405:  # another way to say that there is no such list
-                    raise unknown
+                if reply.status == 405 or (reply.status == 404 and accept == OCI_INDEX):
+                    raise unknown  # whatever an endpoint that is not there is answered with, a page for people among it
                 await reply.check(unknown)
                 body = await reply.body(MAX_PAGE)
                 return await verify(Page(body, reply.content_type, tuple(reply.headers.getall("Link", []))))

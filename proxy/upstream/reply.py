@@ -161,7 +161,8 @@ class Reply:
             return
         said = await self._said()
         text = f"{where} answered {status}{f': {said.text}' if said.text else ''}"
-        if status == 404 and self.media_type.startswith("text/") and self._response.method == "HEAD":
+        page = self.media_type == "text/html" or (self.media_type.startswith("text/") and self._response.method == "HEAD")
+        if status == 404 and page:
             raise UpstreamBroken(f"{text}, which is no registry's answer; is it up behind its proxy?")
         if status == 404:
             unknown.message += f" ({said.text})" if said.text else ""

@@ -49,6 +49,9 @@ class Lists:
     takes_last: bool = True
     """Whether ``last`` counts."""
 
+    order: Callable[[str], str] | None = str
+    """What tags are sorted by; none where they are in the order in which they came, as of ``distribution`` before 3.0."""
+
     referrers_page_size: int | None = None
     """No page of referrers is longer."""
 
@@ -72,7 +75,9 @@ class Lists:
         last = self._continued(request, "last")
         if last is None:
             return oci_error(400, "PAGINATION_NUMBER_INVALID", "not a cursor of this registry")
-        rest = sorted(tag for tag in held if tag > last or not self.takes_last)
+        key = self.order or str
+        found = sorted(held, key=key) if self.order else list(held)
+        rest = [tag for tag in found if key(tag) > key(last) or not self.takes_last]
         limits = [int(asked)] if asked and self.takes_n else []
         limits += [] if self.page_size is None else [self.page_size]
         page = rest[: min(limits, default=len(rest))]

@@ -215,6 +215,11 @@ async def test_a_registry_may_page_as_it_pleases(tagged: ScriptedRegistry) -> No
     assert await list_of(tagged, path) == (["B", "a"], f"/v2/{REPO}/tags/list?n=1&last=a")
     tagged.lists.page_size, tagged.lists.takes_last = None, False
     assert await list_of(tagged, path) == (["10", "9", "B", "a", "c"], None)
+    tagged.lists.order = None
+    assert await list_of(tagged, path) == (["c", "a", "B", "10", "9"], None)
+    tagged.lists.order, tagged.lists.takes_n, tagged.lists.takes_last = str.lower, True, True
+    assert await list_of(tagged, f"/v2/{REPO}/tags/list?n=1&last=a") == (["B"], f"/v2/{REPO}/tags/list?n=1&last=B")
+    assert (await list_of(tagged, f"/v2/{REPO}/tags/list?n=1&last=B"))[0] == ["c"]
 
 
 async def test_links_may_lead_anywhere(tagged: ScriptedRegistry) -> None:
