@@ -19,8 +19,8 @@ help:
 run: $(VENV)/.run
 	$(BIN)/pullcache serve $(if $(LISTEN),--listen $(LISTEN)) $(ARGS)
 
-demo: $(VENV)/.test
-	@sh tests/real/install.sh
+demo: $(VENV)/.run
+	@sh tests/real/install.sh docker-registry skopeo
 	@$(BIN)/python -m tests.demo
 
 test: $(VENV)/.test

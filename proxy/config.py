@@ -21,13 +21,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.alias_generators import to_camel
 
 from proxy.logs import LogFormat, LogLevel
-from proxy.names import DOCKER_HUB, canonical_host
+from proxy.names import DOCKER_HUB, canonical_host, path_form
 from proxy.values import (
     Address,
-    Directory,
     Duration,
     Endpoint,
     Listener,
+    LocalPath,
     Network,
     PathPrefix,
     ProxyAddress,
@@ -57,9 +57,9 @@ class Timeouts(_Section):
     connect: Duration = Field(default="5s", description="TCP, TLS and DNS of one connection")  # type: ignore[assignment]
     headers: Duration = Field(default="10s", description="the answer's headers")  # type: ignore[assignment]
     token: Duration = Field(default="5s", description="the token server, in all")  # type: ignore[assignment]
-    head: Duration = Field(default="3s", description="asking for the digest of a tag, in all")  # type: ignore[assignment]
+    head: Duration = Field(default="3s", description="asking an endpoint for the digest of a tag")  # type: ignore[assignment]
     endpoint: Duration = Field(  # type: ignore[assignment]
-        default="3s", description="an endpoint that has others after it, to begin its answer"
+        default="3s", description="an endpoint that has others after it: to begin a blob, to give anything else"
     )
     progress: Duration = Field(  # type: ignore[assignment]
         default="30s", description="a download that brings under 10 KiB in this time is continued elsewhere"
@@ -72,9 +72,9 @@ class UpstreamConfig(_Section):
     name: UpstreamName
     path_prefix: PathPrefix | None = None
     endpoints: list[Endpoint] = Field(default_factory=list)
-    ca_file: Path | None = None
-    client_cert_file: Path | None = None
-    client_key_file: Path | None = None
+    ca_file: LocalPath | None = None
+    client_cert_file: LocalPath | None = None
+    client_key_file: LocalPath | None = None
     http_proxy: ProxyAddress | None = None
     insecure_skip_verify: bool = False
     token_hosts: list[TokenHost] = Field(default_factory=list)
@@ -94,6 +94,8 @@ class UpstreamConfig(_Section):
     def _check(self) -> Self:
         if not self.endpoints:
             raise ValueError("endpoints: at least one is needed")
+        if len(set(self.endpoints)) < len(self.endpoints):
+            raise ValueError("endpoints: one is listed twice")
         for endpoint in self.endpoints:
             host = urlsplit(endpoint).hostname or ""
             try:
@@ -119,7 +121,7 @@ class UpstreamConfig(_Section):
     @property
     def prefix(self) -> str:
         """The first component of paths that mean this upstream."""
-        return self.path_prefix or self.name.replace(":", "_")
+        return self.path_prefix or path_form(self.name)
 
 
 PUBLIC_REGISTRIES: dict[str, tuple[str, list[str]]] = {
@@ -143,7 +145,7 @@ def _default_directory() -> Path:
 class CacheConfig(_Section):
     """Where content is kept."""
 
-    directory: Directory = Field(default_factory=_default_directory)
+    directory: LocalPath = Field(default_factory=_default_directory)
     max_blob_size: Quantity = Field(default="128Gi", description="larger blobs are refused")  # type: ignore[assignment]
 
 
@@ -227,7 +229,7 @@ def _clashes(raw: object) -> list[str]:
         if not isinstance(upstream, dict) or not isinstance(name := upstream.get("name"), str):
             continue
         name = canonical_host(name)
-        for form in {name, str(upstream.get("pathPrefix") or name.replace(":", "_"))}:
+        for form in {name, str(upstream.get("pathPrefix") or path_form(name))}:
             if form in owner:
                 faults.append(f"upstreams: '{form}' means both {owner[form]} and {name}; change name or pathPrefix")
             owner[form] = name

@@ -7,11 +7,13 @@ ask for them at each pull, and served stale when the upstream fails. Both lists 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
+from proxy.answers import Answer, Decision, Target
 from proxy.errors import ManifestUnknown, UpstreamBroken, UpstreamFailing, UpstreamUnavailable
 from proxy.listings import (
     ListInvalid,
@@ -29,16 +31,17 @@ from proxy.metrics import Metrics
 from proxy.names import Digest, Repository, Tag, digest_of
 from proxy.once import Once
 from proxy.policy import stale_warning
-from proxy.pull import Answer, Decision, Target
 from proxy.storage.base import InlineContent
 from proxy.storage.store import Store
 from proxy.threads import Threads
 from proxy.upstream.client import ManifestBody, Page, Upstream
 
+log = logging.getLogger(__name__)
+
 _FRESH = 60.0
-_JOIN_WITHIN = 1.0
+_JOIN_WITHIN = 1.0  # seconds: a later caller may have seen a push that an earlier question did not
 _MAX_PAGES = 64
-_PATIENCE = 20.0
+_PATIENCE = 20.0  # seconds for all pages; runtimes wait 30 s for headers
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,7 @@ class Discovery:
             if known is None:
                 raise
             self._metrics.stale.labels(target.upstream).inc()
+            log.warning("the referrers of %s in %s are served stale: %s", subject, target.repository, failure.message)
             return known.body, "stale", stale_warning(age, failure.message)
 
     async def _ask_referrers(self, target: Target, subject: Digest) -> bytes:
@@ -159,7 +163,7 @@ class Discovery:
         tag = referrers_tag(subject)
         try:
             upstream = self._upstreams[target.upstream]
-            return await upstream.get_manifest(target.repository, tag, OCI_INDEX, target.via, verify)
+            return await upstream.get_manifest(target.repository, tag, OCI_INDEX, target.via, verify, authority_only=True)
         except ManifestUnknown:
             return []
 
@@ -169,4 +173,4 @@ class Discovery:
 
 def _answer(body: bytes, media_type: str, decision: Decision, headers: dict[str, str]) -> Answer:
     digest = digest_of(body)
-    return Answer(digest, len(body), media_type, decision, InlineContent(digest, body), by_tag=True, headers=headers)
+    return Answer(digest, len(body), media_type, decision, InlineContent(digest, body), changes=True, headers=headers)

@@ -59,6 +59,10 @@ class Stream(Protocol):
         """Some more bytes; empty at a clean end. Raises ``UpstreamFailing`` when the stream breaks."""
         ...
 
+    def blame(self) -> None:
+        """What it brought was wrong: its sender is to be asked after others for a while."""
+        ...
+
     def close(self) -> None:
         """Gives the connection back."""
         ...
@@ -95,6 +99,7 @@ class Fill:
         clean_end: int | None = None
         moved = loop.time()
         while True:
+            stream: Stream | None = None
             try:
                 with closing(await self._source(spool.received, self._turn + attempt)) as stream:
                     self._agree(stream, attempt)
@@ -112,6 +117,8 @@ class Fill:
             except RangeInvalid as error:
                 raise Mismatch(f"{spool.digest} has no byte {spool.received} upstream, and is not complete") from error
             except Mismatch:
+                if stream is not None and attempt == 0:  # of several, nobody knows which one lied
+                    stream.blame()
                 raise
             except RegistryError as error:
                 if not spool.announced:
@@ -215,14 +222,16 @@ class Fetcher:
         start: int,
         floor: float,
         own: bool = False,
+        again: bool = False,
     ) -> SpoolReader:
         """A reader of the download of ``digest``, which begins now unless it is in flight.
 
         ``size``: as a manifest states it, if one does. ``start``: the first byte that the client wants. A client that
         comes back for the rest of content that has just turned out to be wrong is refused, so that it goes on elsewhere;
-        one that begins anew is not. ``own``: not a download of another origin, which has just failed this client.
+        one that begins anew is not. ``own``: not a download of another origin, which has just failed this client. ``again``:
+        that download was this client's, who has been told nothing yet.
         """
-        if start > 0 and (reason := self._failed.get((digest, origin))) is not None:
+        if start > 0 and not again and (reason := self._failed.get((digest, origin))) is not None:
             raise UpstreamBroken(f"the download failed a moment ago: {reason}")
         fill = self._fills.get(digest)
         if fill is not None and (fill.origin == origin or not own) and fill.spool.serves(start):

@@ -1,4 +1,4 @@
-"""The endpoints of the registry API (OCI distribution spec 1.1.1): parse, ask ``pull``, send."""
+"""The endpoints of the registry API (OCI distribution spec 1.1.1): parse, ask ``pull`` or ``discovery``, send."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from re import Match
 
 from aiohttp import web
 
+from proxy.answers import Answer, Target
 from proxy.discovery import Asked, Discovery
 from proxy.errors import LoopDetected, NameUnknown
 from proxy.listings import parse_query
@@ -15,7 +16,7 @@ from proxy.logs import printable
 from proxy.metrics import Metrics
 from proxy.names import Digest, parse_digest, parse_reference
 from proxy.policy import Routes, classify_accept, route
-from proxy.pull import Answer, Pull, Target
+from proxy.pull import Pull
 from proxy.ranges import Range, parse_range
 from proxy.send import COMMON_HEADERS, send
 

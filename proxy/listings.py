@@ -17,7 +17,7 @@ from proxy.errors import PaginationNumberInvalid, RequestInvalid
 from proxy.manifests import OCI_INDEX, ManifestInvalid, parse_manifest
 from proxy.names import Digest, Tag, is_tag
 
-MAX_BYTES = 8 * 1024 * 1024
+MAX_PAGE = 8 * 1024 * 1024
 """Larger pages are refused; a hundred thousand tags are some 3 MiB."""
 
 _MAX_ELEMENTS = 250_000
@@ -113,9 +113,8 @@ def page_of(tags: list[Tag], query: ListQuery, following: ListQuery | None) -> t
     Registries that do not page (docker-registry 2.8) answer with everything each time, in no order: the page is then cut
     out here. Those that page in an order of their own, byte by byte or whatever the case, are left theirs.
     """
-    last = query.last or ""
-    if any(tag == last or (tag < last and tag.lower() < last.lower()) for tag in tags):  # after it in no order: ignored
-        tags = [tag for tag in sorted(tags) if tag > last]
+    if _ignores(query.last or "", tags):
+        tags = [tag for tag in sorted(tags) if tag > (query.last or "")]
     elif following is None and tags not in (sorted(tags), sorted(tags, key=str.lower)):
         tags = sorted(tags)
     if query.n == 0:
@@ -124,6 +123,11 @@ def page_of(tags: list[Tag], query: ListQuery, following: ListQuery | None) -> t
         tags = tags[: query.n]
         return tags, ListQuery((("n", str(query.n)), ("last", tags[-1])))
     return tags, following if following != query else None
+
+
+def _ignores(last: str, tags: list[Tag]) -> bool:
+    """Whether there is a tag that comes after ``last`` in no order, byte by byte or whatever the case."""
+    return any(tag == last or (tag < last and tag.lower() < last.lower()) for tag in tags)
 
 
 def tags_document(name: str, tags: list[Tag]) -> bytes:
@@ -142,7 +146,7 @@ def parse_referrers(body: bytes, content_type: str) -> list[dict[str, Any]]:
     descriptors = list(json.loads(body).get("manifests") or [])
     for item in descriptors:
         notes = item.get("annotations") or {}
-        kinds = (item.get("mediaType"), item.get("artifactType") or "-")
+        kinds = [item.get("mediaType"), *([kind] if (kind := item.get("artifactType")) else [])]
         if not all(isinstance(kind, str) and _MEDIA_TYPE.fullmatch(kind) for kind in kinds):
             raise ListInvalid("it has a descriptor whose type is no media type")
         if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):

@@ -36,10 +36,13 @@ class Metrics:
         self.mismatches = counter("mismatches", "Content refused because digest, size or type was wrong.", "upstream")
         self.unsaved = counter("unsaved", "Downloads passed through without being kept, because of the disk.")
         self.quarantined = counter("quarantined", "Files in the cache directory that were not what they should be.")
-        self.stale = counter("stale", "Tags served from the cache because their upstream was failing.", "upstream")
+        self.stale = counter("stale", "Tags and lists served from the cache because their upstream was failing.", "upstream")
         self.in_flight = gauge("fills_in_flight", "Downloads running now.")
         self.turned_away = counter("turned_away", "Client connections refused because there were too many.")
         self.connections = gauge("connections", "Client connections open now.")
+        self.resting = gauge(
+            "endpoint_resting", "1 while an endpoint is asked after the others, since it failed.", "upstream", "endpoint"
+        )
         self.insecure = gauge("insecure_upstream", "1 where insecureSkipVerify switches TLS verification off.", "upstream")
 
     def render(self) -> bytes:

@@ -86,6 +86,11 @@ def parse_repository(text: str) -> Repository:
     return Repository(text)
 
 
+def path_form(host: str) -> str:
+    """A registry host as a component of a path, in which ``:`` is not allowed."""
+    return host.replace(":", "_")
+
+
 def is_tag(text: str) -> bool:
     """Whether ``text`` is a tag."""
     return bool(_TAG.fullmatch(text))

@@ -1,4 +1,4 @@
-"""Decisions, each a pure function: which upstream a request means, and what to ask that upstream for."""
+"""Decisions, each a pure function: which upstream a request means, what to ask it for, what to say of what is stale."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from proxy.errors import NameInvalid, NameUnknown
 from proxy.manifests import MODERN
-from proxy.names import Repository, canonical_host, is_host_like, parse_repository, qualify
+from proxy.names import Repository, canonical_host, is_host_like, parse_repository, path_form, qualify
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def route(routes: Routes, namespaces: Sequence[str], name: str) -> Route:
         upstream = canonical_host(namespaces[0])
         if len(namespaces) != 1 or upstream not in routes.names:
             raise NameUnknown("the registry named in 'ns' is not among the upstreams of this cache")
-        path = rest if slash and first in (upstream, upstream.replace(":", "_")) else name  # override_path says it twice
+        path = rest if slash and first in (upstream, path_form(upstream)) else name  # override_path says it twice
     else:
         first = canonical_host(first)
         if slash and first in routes.prefixes:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
+from proxy.answers import Answer, Decision, Target
 from proxy.errors import ManifestUnknown, RegistryError, UpstreamBroken, UpstreamFailing
 from proxy.fetch import VERIFIED_FIRST, Fetcher, Mismatch, Stream
 from proxy.manifests import Manifest, ManifestInvalid, parse_manifest
@@ -22,7 +22,7 @@ from proxy.metrics import Metrics
 from proxy.names import Digest, Reference, Repository, Tag, digest_of
 from proxy.once import Once
 from proxy.policy import Accept, stale_warning
-from proxy.storage.base import Content, InlineContent
+from proxy.storage.base import InlineContent
 from proxy.storage.catalog import Tagged
 from proxy.storage.store import Store
 from proxy.threads import Threads
@@ -30,44 +30,9 @@ from proxy.upstream.client import ManifestBody, Upstream
 
 log = logging.getLogger(__name__)
 
-Decision = Literal["hit", "revalidated", "miss", "follow", "head", "pass", "stale"]
-"""hit: held, nobody asked; revalidated: held, upstream said it still is so; miss: fetched; follow: somebody else was
-fetching it; head: upstream told of it; pass: fetched, and not kept; stale: held, upstream was failing."""
-
 BLOB_TYPE = "application/octet-stream"
 _JOIN_WITHIN = 1.0  # seconds: a later caller may have seen a push that an earlier question did not
 _PATIENCE = 20.0  # seconds for small content to be whole; containerd 2.3 waits 30 s for headers
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where a client wants something from, and the proxies that its request came through."""
-
-    upstream: str
-    repository: Repository
-    via: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a client is told. ``content`` is None where only its headers are known; whoever gets it closes it.
-
-    ``by_tag``: another answer may be right tomorrow. ``headers``: those of this kind of answer only.
-    """
-
-    digest: Digest
-    size: int | None
-    media_type: str
-    decision: Decision
-    content: Content | None
-    by_tag: bool = False
-    warning: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-    def close(self) -> None:
-        """Gives the content back."""
-        if self.content is not None:
-            self.content.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +41,9 @@ class _Held:
     body: bytes
     media_type: str
 
-    def answer(self, decision: Decision, *, by_tag: bool, warning: str | None = None) -> Answer:
+    def answer(self, decision: Decision, *, changes: bool, warning: str | None = None) -> Answer:
         content = InlineContent(self.digest, self.body)
-        return Answer(self.digest, len(self.body), self.media_type, decision, content, by_tag, warning)
+        return Answer(self.digest, len(self.body), self.media_type, decision, content, changes, warning)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,35 +76,38 @@ class Pull:
         """A manifest, verified; raises ``RegistryError``."""
         if isinstance(reference, Digest):
             if (held := await self._held_manifest(target, reference)) is not None:
-                return held.answer("hit", by_tag=False)
-            return (await self._get(target, reference, accept)).answer("miss", by_tag=False)
+                return held.answer("hit", changes=False)
+            return (await self._get(target, reference, accept)).answer("miss", changes=False)
         known = self._store.tagged(target.upstream, target.repository, reference, accept.key)
         held = self._manifest(known.digest) if known else None
         if known is None or held is None:
-            return (await self._get(target, reference, accept)).answer("miss", by_tag=True)
+            return (await self._get(target, reference, accept)).answer("miss", changes=True)
         try:
             head = await self._ask_tag(target, reference, accept)
             if head.digest == held.digest:
-                return held.answer("revalidated", by_tag=True)
+                return held.answer("revalidated", changes=True)
             try:
                 fresh = self._manifest(head.digest) or await self._get(target, head.digest, accept)
             except ManifestUnknown as error:
                 raise UpstreamBroken(f"{target.upstream} contradicts itself: {error}") from error
-            return fresh.answer("miss", by_tag=True)
+            return fresh.answer("miss", changes=True)
         except UpstreamFailing as failure:
-            return held.answer("stale", by_tag=True, warning=self._stale(target, known, failure))
+            return held.answer("stale", changes=True, warning=self._stale(target, known, failure))
 
     async def manifest_head(self, target: Target, reference: Reference, accept: Accept) -> Answer:
         """What a GET would bring, without it; asks upstream by HEAD where it must. Raises ``RegistryError``."""
         if isinstance(reference, Digest):
             if (held := await self._held_manifest(target, reference)) is not None:
-                return held.answer("hit", by_tag=False)
+                return held.answer("hit", changes=False)
             upstream = self._upstreams[target.upstream]
-            head = await upstream.head_manifest(target.repository, reference, accept.sent, target.via)
-            if head.digest is not None and head.digest.algorithm == reference.algorithm and head.digest != reference:
-                raise self._mismatch(target, f"answered {head.digest} when asked for {reference}")
+
+            def verify(told: Digest | None) -> None:
+                if told is not None and told.algorithm == reference.algorithm and told != reference:
+                    raise self._mismatch(target, f"answered {told} when asked for {reference}")
+
+            head = await upstream.head_manifest(target.repository, reference, accept.sent, target.via, verify)
             if not head.is_told:
-                return (await self._get(target, reference, accept)).answer("miss", by_tag=False)
+                return (await self._get(target, reference, accept)).answer("miss", changes=False)
             return Answer(reference, head.size, head.media_type, "head", None)
         known = self._store.tagged(target.upstream, target.repository, reference, accept.key)
         held = self._manifest(known.digest) if known else None
@@ -148,10 +116,10 @@ class Pull:
         except UpstreamFailing as failure:
             if known is None or held is None:
                 raise
-            return held.answer("stale", by_tag=True, warning=self._stale(target, known, failure))
+            return held.answer("stale", changes=True, warning=self._stale(target, known, failure))
         if held is not None and pointed.digest == held.digest:
-            return held.answer("revalidated", by_tag=True)
-        return Answer(pointed.digest, pointed.size, pointed.media_type, "head", None, by_tag=True)
+            return held.answer("revalidated", changes=True)
+        return Answer(pointed.digest, pointed.size, pointed.media_type, "head", None, changes=True)
 
     def _manifest(self, digest: Digest) -> _Held | None:
         found = self._store.manifest(digest)
@@ -233,7 +201,7 @@ class Pull:
 
     def _stale(self, target: Target, known: Tagged, failure: UpstreamFailing) -> str:
         self._metrics.stale.labels(target.upstream).inc()
-        log.warning("%s is served stale: %s", target.repository, failure)
+        log.warning("a tag of %s is served stale: %s", target.repository, failure.message)
         return stale_warning(time.time() - known.checked, failure.message)
 
     def _mismatch(self, target: Target, text: str) -> UpstreamBroken:
@@ -268,6 +236,7 @@ class Pull:
             start=start,
             floor=upstream.config.timeouts.progress,
             own=own,
+            again=mismatches > 0,
         )
         try:
             await reader.ready(VERIFIED_FIRST, _PATIENCE)

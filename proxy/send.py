@@ -18,9 +18,9 @@ from typing import Any
 from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 
+from proxy.answers import Answer
 from proxy.errors import CacheFailing, RegistryError
 from proxy.metrics import Metrics
-from proxy.pull import Answer
 from proxy.ranges import Range, Span
 from proxy.storage.base import Content, FileSpan
 
@@ -61,7 +61,7 @@ def headers_of(answer: Answer) -> dict[str, str]:
         "Accept-Ranges": "bytes",
         "Cache-Status": f"pullcache; {_CACHE_STATUS[answer.decision]}",
     }
-    if answer.by_tag:
+    if answer.changes:
         headers |= {"Cache-Control": "no-cache", "Vary": "Accept"}
     else:
         headers["Cache-Control"] = "public, max-age=31536000, immutable"
@@ -77,7 +77,7 @@ _CACHE_STATUS = {  # RFC 9211
     "miss": "fwd=miss; stored",
     "follow": "fwd=miss; collapsed",
     "head": "fwd=method",
-    "pass": "fwd=request",
+    "pass": "fwd=bypass",
     "stale": "hit; detail=stale",
 }
 

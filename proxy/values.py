@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -94,6 +94,8 @@ def _proxy_address(value: str) -> str:
         raise ValueError(
             "not the address of an HTTP proxy; write for example http://proxy.corp:3128 (it is spoken to in http)"
         )
+    if ":" in unquote(url.username or ""):
+        raise ValueError("the user of a proxy cannot have a ':' in it")
     if url.path not in ("", "/") or url.query or url.fragment:
         raise ValueError("the address of a proxy is scheme, host and port only, and user:password@ before the host")
     return value
@@ -139,4 +141,4 @@ Network = Annotated[AnyNetwork, BeforeValidator(parse_network)]
 ProxyAddress = Annotated[str, AfterValidator(_proxy_address)]
 UpstreamName = Annotated[str, AfterValidator(_upstream_name)]
 PathPrefix = Annotated[str, AfterValidator(_path_prefix)]
-Directory = Annotated[Path, AfterValidator(_absolute)]
+LocalPath = Annotated[Path, AfterValidator(_absolute)]

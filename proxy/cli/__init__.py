@@ -41,7 +41,9 @@ def check_config(file: Path) -> None:
             faults.append(str(error))
     if faults:
         _refuse(faults)
-    click.echo(f"{file}: good; {len(config.upstreams)} upstreams: {', '.join(u.name for u in config.upstreams)}")
+    count = len(config.upstreams)
+    names = ", ".join(upstream.name for upstream in config.upstreams)
+    click.echo(f"{file}: good; {count} upstream{'s' if count > 1 else ''}: {names}")
 
 
 @main.command()

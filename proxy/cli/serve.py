@@ -56,7 +56,7 @@ def guide(config: Config) -> str:
         f"pullcache serves {', '.join(upstream.name for upstream in config.upstreams)}",
         "",
         f"containerd: /etc/containerd/certs.d/{chosen.name}/hosts.toml (a folder for each registry; needs config_path)",
-        f'  server = "{chosen.endpoints[0]}"',
+        f'  server = "{chosen.endpoints[-1]}"',
         f'  [host."{url}"]',
         '    capabilities = ["pull", "resolve"]',
     ]

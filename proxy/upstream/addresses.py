@@ -47,6 +47,9 @@ def is_allowed(address: Address, allowed: Iterable[Network]) -> bool:
 
 def is_allowed_literal(host: str, allowed: Iterable[Network]) -> bool:
     """Whether a proxy may be asked to connect to ``host``, as far as its spelling tells: a name is the proxy's to judge."""
+    host = host.rstrip(".")  # 127.0.0.1. is 127.0.0.1 for proxies that drop the dot, as Squid does
+    if "%" in host and ":" not in host:  # what it spells depends on who decodes it; the other kind is an IPv6 zone
+        return False
     try:
         return is_allowed(ipaddress.ip_address(host), allowed)
     except ValueError:
@@ -54,7 +57,7 @@ def is_allowed_literal(host: str, allowed: Iterable[Network]) -> bool:
     try:
         return is_allowed(ipaddress.IPv4Address(socket.inet_aton(host)), allowed)  # 127.1, 0x7f000001, 2130706433
     except OSError:
-        local = host.lower().rstrip(".").rpartition(".")[2] == "localhost"
+        local = host.lower().rpartition(".")[2] == "localhost"
         return not local or is_allowed(ipaddress.IPv4Address("127.0.0.1"), allowed)
 
 

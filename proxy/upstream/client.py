@@ -13,14 +13,15 @@ from yarl import URL
 
 from proxy.config import UpstreamConfig
 from proxy.errors import BlobUnknown, ManifestUnknown, NameUnknown, RegistryError, UpstreamBroken, UpstreamFailing
-from proxy.listings import MAX_BYTES as MAX_PAGE
-from proxy.listings import ListQuery, next_page
+from proxy.listings import MAX_PAGE, ListQuery, next_page
 from proxy.manifests import MAX_BYTES, MODERN, OCI_INDEX
 from proxy.metrics import Metrics
 from proxy.names import Digest, Reference, Repository
 from proxy.upstream.endpoints import Endpoints
 from proxy.upstream.exchange import Exchange
 from proxy.upstream.reply import Reply, Where
+
+_LISTS = f"{OCI_INDEX}, application/json"
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -68,7 +69,7 @@ class BlobStream:
     """A blob being received."""
 
     def __init__(
-        self, reply: Reply, offset: int, size: int | None, count: Callable[[int], None], broken: Callable[[], None]
+        self, reply: Reply, offset: int, size: int | None, count: Callable[[int], None], broken: Callable[[str], None]
     ) -> None:
         self.offset = offset
         self.size = size
@@ -80,11 +81,18 @@ class BlobStream:
         """Some more bytes; empty at a clean end. Raises ``UpstreamFailing`` where the stream breaks."""
         try:
             data = await self._reply.read()
-        except (UpstreamFailing, asyncio.CancelledError):  # cancelled: it brought too little for too long
-            self._broken()
+        except UpstreamFailing as error:
+            self._broken(error.message)
+            raise
+        except asyncio.CancelledError:
+            self._broken("it brought too little for too long")
             raise
         self._count(len(data))
         return data
+
+    def blame(self) -> None:
+        """What it brought was wrong: other endpoints are asked before this one for a while."""
+        self._broken("it sent wrong content")
 
     def close(self) -> None:
         """Gives the connection back, or drops it where more would come."""
@@ -100,7 +108,7 @@ class Upstream:
         self._metrics = metrics
         self._exchange = Exchange(config, metrics, instance)
         listed = [Where(config.name, URL(endpoint)) for endpoint in config.endpoints]
-        self._endpoints = Endpoints(listed, config.timeouts.endpoint, self._exchange.probe)
+        self._endpoints = Endpoints(listed, config.timeouts.endpoint, self._exchange.probe, metrics)
         self._patience = config.timeouts.connect + config.timeouts.headers
 
     @property
@@ -113,8 +121,18 @@ class Upstream:
         await self._endpoints.close()
         await self._exchange.close()
 
-    async def head_manifest(self, repository: Repository, reference: Reference, accept: str, via: str) -> ManifestHead:
-        """What the upstream says of a manifest, by HEAD; raises ``RegistryError``."""
+    async def head_manifest(
+        self,
+        repository: Repository,
+        reference: Reference,
+        accept: str,
+        via: str,
+        verify: Callable[[Digest | None], None] = lambda _: None,
+    ) -> ManifestHead:
+        """What the upstream says of a manifest, by HEAD; where ``verify`` refuses its digest, the next endpoint is asked.
+
+        Raises ``RegistryError``.
+        """
 
         async def ask(where: Where) -> ManifestHead:
             path = f"/v2/{repository}/manifests/{reference}"
@@ -122,12 +140,20 @@ class Upstream:
                 if reply.status == 405:
                     return ManifestHead(None, None, "")
                 await reply.check(self._no_manifest(repository, reference))
+                verify(reply.digest)
                 return ManifestHead(reply.digest, reply.length, reply.media_type)
 
         return await self._endpoints.ask(ask, self.config.timeouts.head)
 
     async def get_manifest(
-        self, repository: Repository, reference: Reference, accept: str, via: str, verify: Verify[ManifestBody, T]
+        self,
+        repository: Repository,
+        reference: Reference,
+        accept: str,
+        via: str,
+        verify: Verify[ManifestBody, T],
+        *,
+        authority_only: bool = False,
     ) -> T:
         """What ``verify`` makes of a manifest; where it refuses, the next endpoint is asked. Raises ``RegistryError``."""
 
@@ -139,7 +165,7 @@ class Upstream:
                     raise UpstreamBroken(f"{where} sent a part of a manifest of which the whole was asked")
                 return await verify(ManifestBody(await reply.body(MAX_BYTES), reply.content_type))
 
-        return await self._endpoints.ask(ask, self._patience)
+        return await self._endpoints.ask(ask, self._patience, authority_only=authority_only)
 
     async def head_blob(self, repository: Repository, digest: Digest, via: str) -> int | None:
         """The size of a blob; raises ``RegistryError``. Where HEAD is not to be had (signed GET URLs), one byte is asked."""
@@ -179,43 +205,46 @@ class Upstream:
                 reply.close()
                 raise
 
-        return await self._endpoints.ask(ask, self._patience, attempt)
+        return await self._endpoints.ask(ask, self._patience, attempt=attempt)
 
     async def list_tags(self, repository: Repository, query: ListQuery, via: str, verify: Verify[Page, T]) -> T:
         """What ``verify`` makes of a page of tags; raises ``RegistryError``."""
         path = f"/v2/{repository}/tags/list"
         unknown = NameUnknown(f"{self.name} has no repository {repository}")
-        return await self._page(repository, path, query, "application/json", via, unknown, verify)
+        return await self._page(repository, path, query, via, unknown, verify)
 
     async def list_referrers(
         self, repository: Repository, subject: Digest, query: ListQuery, via: str, verify: Verify[Page, T]
     ) -> T:
-        """What ``verify`` makes of a page of referrers; raises ``ManifestUnknown`` where there is no such list."""
+        """What ``verify`` makes of a page of referrers; raises ``ManifestUnknown`` where there is no such list.
+
+        Any 404 or 405 says so, a page for people too: what an endpoint of the API that is not there is answered with.
+        """
         path = f"/v2/{repository}/referrers/{subject}"
         unknown = ManifestUnknown(f"{self.name} does not list what refers to {subject} in {repository}")
-        return await self._page(repository, path, query, OCI_INDEX, via, unknown, verify)
+        return await self._page(repository, path, query, via, unknown, verify, absent=(404, 405))
 
     async def _page(
         self,
         repository: Repository,
         path: str,
         query: ListQuery,
-        accept: str,
         via: str,
         unknown: RegistryError,
         verify: Verify[Page, T],
+        absent: tuple[int, ...] = (),
     ) -> T:
         target = f"{path}?{query.encoded()}" if query.parameters else path
 
         async def ask(where: Where) -> T:
-            async with self._reply("GET", where, target, repository, {"Accept": accept}, via) as reply:
-                if reply.status == 405 or (reply.status == 404 and accept == OCI_INDEX):
-                    raise unknown  # whatever an endpoint that is not there is answered with, a page for people among it
+            async with self._reply("GET", where, target, repository, {"Accept": _LISTS}, via) as reply:
+                if reply.status in absent:
+                    raise unknown
                 await reply.check(unknown)
                 body = await reply.body(MAX_PAGE)
                 return await verify(Page(body, reply.content_type, tuple(reply.headers.getall("Link", []))))
 
-        return await self._endpoints.ask(ask, self._patience)
+        return await self._endpoints.ask(ask, self._patience, authority_only=True)
 
     @asynccontextmanager
     async def _reply(

@@ -4,19 +4,25 @@ In the order listed: mirrors first, the registry itself last, as in containerd's
 ``registries.conf``. What one does not have, refuses or fails to give, the next one is asked for. The last one listed is the
 authority: what it answers is the upstream's answer, and only it can say that something is not there.
 
-An endpoint that failed rests: it is passed over, while others are left, until a probe of our own finds it answering. So a
-dead one costs one client one short wait, not each client one.
+An endpoint that failed rests: others are asked before it, until a probe of our own finds it answering. So a dead one costs
+one client one short wait, not each client one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
+from prometheus_client import Gauge
+
 from proxy.errors import RegistryError, UpstreamFailing, UpstreamUnavailable
+from proxy.metrics import Metrics
 from proxy.upstream.reply import Where
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -26,12 +32,12 @@ _LONGEST_REST = 60.0
 
 @dataclass(slots=True)
 class _Rest:
-    """Of an endpoint that failed: ``seconds`` long, ``until`` then; not ``active`` once a probe was answered."""
+    """Of an endpoint that failed: ``seconds`` long, ``until`` then; not ``active`` once it has answered."""
 
     seconds: float
     until: float
     active: bool = True
-    probe: asyncio.Task[None] | None = field(default=None)
+    probe: asyncio.Task[None] | None = None
 
 
 class Endpoints:
@@ -41,25 +47,37 @@ class Endpoints:
     ``RegistryError`` where it does not.
     """
 
-    def __init__(self, listed: Sequence[Where], budget: float, probe: Callable[[Where], Awaitable[None]]) -> None:
+    def __init__(
+        self, listed: Sequence[Where], budget: float, probe: Callable[[Where], Awaitable[None]], metrics: Metrics
+    ) -> None:
         self._listed = list(listed)
         self._authority = self._listed[-1]
         self._budget = budget
         self._probe = probe
+        self._metrics = metrics
         self._rests: dict[Where, _Rest] = {}
 
     def __len__(self) -> int:
         return len(self._listed)
 
-    async def ask(self, question: Callable[[Where], Awaitable[T]], limit: float, attempt: int = 0) -> T:
+    async def ask(
+        self,
+        question: Callable[[Where], Awaitable[T]],
+        limit: float,
+        *,
+        attempt: int = 0,
+        authority_only: bool = False,
+    ) -> T:
         """The first good answer, beginning with the endpoint whose turn the ``attempt`` is; raises ``RegistryError``.
 
-        ``limit``: seconds for the last one that is asked.
+        ``limit``: seconds for an endpoint after which nobody is left but those who rest. ``authority_only``: for lists, in
+        which a mirror that lags would say of much that it is not there.
         """
-        order = self._order(attempt)
         errors: dict[Where, RegistryError] = {}
-        for where in order:
-            within = limit if where is order[-1] else min(limit, self._budget)
+        order = [self._authority] if authority_only else self._order(attempt)
+        for number, where in enumerate(order, start=1):
+            is_last_hope = all(self._rests_now(other) for other in order[number:])
+            within = limit if is_last_hope else min(limit, self._budget)
             try:
                 async with asyncio.timeout(within):
                     answer = await question(where)
@@ -73,7 +91,7 @@ class Endpoints:
                 self.answering(where)
                 return answer
             if isinstance(errors[where], UpstreamFailing):
-                self.failing(where)
+                self.failing(where, errors[where].message)
             elif where is self._authority:
                 break
         verdict = errors.pop(self._authority)
@@ -82,18 +100,24 @@ class Endpoints:
         others = "; ".join(error.message for error in errors.values())
         raise type(verdict)(f"{verdict.message} (and before it: {others})", headers=verdict.headers) from verdict
 
-    def failing(self, where: Where) -> None:
-        """It failed: it rests, the longer the oftener."""
+    def failing(self, where: Where, why: str) -> None:
+        """It failed: it rests, longer each time."""
         rest = self._rests.get(where)
         if len(self._listed) == 1 or (rest is not None and rest.active):  # many find out at the same time
             return
-        seconds = min(rest.seconds * 2, _LONGEST_REST) if rest else _FIRST_REST
-        self._rests[where] = _Rest(seconds, asyncio.get_running_loop().time() + seconds)
+        now = asyncio.get_running_loop().time()
+        is_relapse = rest is not None and now < rest.until + _LONGEST_REST  # one that stalls begins its answers well
+        seconds = min(rest.seconds * 2, _LONGEST_REST) if rest is not None and is_relapse else _FIRST_REST
+        self._rests[where] = _Rest(seconds, now + seconds)
+        self._resting(where).set(1)
+        log.warning("%s rests for %g s: %s", where, seconds, why)
 
     def answering(self, where: Where) -> None:
-        """It gave what it was asked for: all is forgotten."""
-        if (rest := self._rests.pop(where, None)) is not None and rest.probe is not None:
-            rest.probe.cancel()
+        """It gave what it was asked for: it rests no more."""
+        if (rest := self._rests.get(where)) is not None and rest.active:
+            self._wakes(where, rest)
+            if rest.probe is not None:
+                rest.probe.cancel()
 
     async def close(self) -> None:
         """Stops the probes."""
@@ -105,15 +129,25 @@ class Endpoints:
     def _order(self, attempt: int) -> list[Where]:
         turn = attempt % len(self._listed)
         rotated = self._listed[turn:] + self._listed[:turn]
-        resting = {where: rest.seconds for where, rest in self._rests.items() if rest.active}
+        resting = {where: self._rests[where].seconds for where in rotated if self._rests_now(where)}
         for where in resting:
-            self._wake(where)
-        if len(resting) == len(rotated):  # whoever failed for the first time is the likeliest to be back
-            return sorted(rotated, key=resting.__getitem__)
-        order = [where for where in rotated if where not in resting]
-        return order if self._authority in order else [*order, self._authority]
+            self._look_after(where)
+        # Those who rest are asked before a request fails; who failed for the first time is the likeliest to be back.
+        return sorted(rotated, key=lambda where: resting.get(where, 0.0))
 
-    def _wake(self, where: Where) -> None:
+    def _resting(self, where: Where) -> Gauge:
+        return self._metrics.resting.labels(where.name, where.endpoint.host_port_subcomponent or "")
+
+    def _rests_now(self, where: Where) -> bool:
+        rest = self._rests.get(where)
+        return rest is not None and rest.active
+
+    def _wakes(self, where: Where, rest: _Rest) -> None:
+        rest.active = False
+        self._resting(where).set(0)
+        log.info("%s answers again", where)
+
+    def _look_after(self, where: Where) -> None:
         """Probes an endpoint that has rested long enough; a client's request is the occasion, but does not wait."""
         rest = self._rests[where]
         if rest.probe is None and asyncio.get_running_loop().time() >= rest.until:
@@ -123,7 +157,7 @@ class Endpoints:
         try:
             async with asyncio.timeout(self._budget):
                 await self._probe(where)
-            rest.active = False
+            self._wakes(where, rest)
         except (RegistryError, TimeoutError):
             rest.seconds = min(rest.seconds * 2, _LONGEST_REST)
             rest.until = asyncio.get_running_loop().time() + rest.seconds

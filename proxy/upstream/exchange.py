@@ -80,7 +80,7 @@ class Exchange:
         )
         # aiohttp would repeat a GET by itself, once, at once and uncounted; _hop does it instead.
         self._session._retry_connection = False
-        self._proxy = config.http_proxy
+        self._proxy, self._proxy_auth = _proxy_of(config)
         if config.insecure_skip_verify:
             metrics.insecure.labels(config.name).set(1)
 
@@ -213,12 +213,19 @@ class Exchange:
             self._refused("address").inc()
             raise UpstreamUnavailable(f"{where} leads to {url.host}, which is no public address and not in allowAddresses")
         plain = {"User-Agent": f"pullcache/{__version__}", "Accept-Encoding": "identity"}
+        if url.scheme == "http":  # the proxy reads these, and no tunnel leads past it
+            plain |= self._proxy_auth
         for delay, is_last in _TRIES:
             await asyncio.sleep(delay)
             try:
                 with foreign_errors(where):
                     response = await self._session.request(
-                        method, url, headers=plain | headers, allow_redirects=False, proxy=self._proxy
+                        method,
+                        url,
+                        headers=plain | headers,
+                        allow_redirects=False,
+                        proxy=self._proxy,
+                        proxy_headers=self._proxy_auth if url.scheme == "https" else None,
                     )
             except RegistryError as error:
                 self._count(method, "error")
@@ -234,6 +241,16 @@ class Exchange:
 
     def _refused(self, what: str) -> Counter:
         return self._metrics.refused.labels(self._config.name, what)
+
+
+def _proxy_of(config: UpstreamConfig) -> tuple[URL | None, dict[str, str]]:
+    """The proxy's address without its credentials, and the header with them: aiohttp itself would send Latin-1."""
+    if config.http_proxy is None:
+        return None, {}
+    url = URL(config.http_proxy)
+    if url.user is None and url.password is None:
+        return url, {}
+    return url.with_user(None), {"Proxy-Authorization": aiohttp.encode_basic_auth(url.user or "", url.password or "")}
 
 
 def _at(where: Where, path: str) -> URL:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ _MAX_ERROR = 64 * 1024
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
 _RETRY_AFTER = re.compile(r"\d{1,6}|[A-Za-z]{3}, \d\d [A-Za-z]{3} \d{4} \d\d:\d\d:\d\d GMT", re.ASCII)
 _TLS = "TLS 1.2 is the least that is spoken"
+_ABOUT_OURS = ("CERTIFICATE_REQUIRED", "ALERT_BAD_CERTIFICATE", "ALERT_UNKNOWN_CA", "ALERT_CERTIFICATE", "ACCESS_DENIED")
 ANONYMOUS = "the repository is private or does not exist, and this cache asks anonymously"
 
 
@@ -165,8 +167,7 @@ class Reply:
         if status == 404 and page:
             raise UpstreamBroken(f"{text}, which is no registry's answer; is it up behind its proxy?")
         if status == 404:
-            unknown.message += f" ({said.text})" if said.text else ""
-            raise unknown
+            raise type(unknown)(f"{unknown.message} ({said.text})") if said.text else unknown
         if status in (401, 403) and self.is_own and said.is_registry:
             raise Denied(f"{text}; {ANONYMOUS}")
         if status == 416 and "Range" in self._response.request_info.headers:
@@ -206,6 +207,8 @@ def foreign_errors(where: Where) -> Iterator[None]:
     except aiohttp.ServerTimeoutError as error:
         raise UpstreamUnavailable(f"{where} cannot be reached: no connection in time") from error
     except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+        if _refuses_ours(error.__cause__):  # TLS 1.3 looks at our certificate when the handshake is over for us
+            raise UpstreamUnavailable(_no_tls(where, error.__cause__)) from error
         raise Dropped(f"{where} dropped the connection") from error
     except aiohttp.ClientPayloadError as error:
         raise UpstreamUnavailable(f"{where} broke off in the middle of the content") from error
@@ -222,7 +225,7 @@ def _no_connection(where: Where, error: aiohttp.ClientConnectorError) -> str:
     cause = error.os_error
     reason = "connection refused" if cause.errno == errno.ECONNREFUSED else printable(str(cause))
     if isinstance(error, aiohttp.ClientSSLError):
-        return f"TLS with {where} failed; {_TLS}"
+        return _no_tls(where, cause)
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return f"the name of {where}, or of where it redirects to, cannot be resolved"
     if isinstance(error, aiohttp.ClientProxyConnectionError):
@@ -230,6 +233,21 @@ def _no_connection(where: Where, error: aiohttp.ClientConnectorError) -> str:
     if error.ssl is not False and isinstance(cause, ConnectionResetError | ConnectionAbortedError | BrokenPipeError):
         return f"TLS with {where} failed: it hung up in the handshake; {_TLS}"
     return f"{where} cannot be reached: {reason}"
+
+
+def _refuses_ours(cause: BaseException | None) -> bool:
+    """Whether the other side has said in TLS that it does not accept our certificate, or the lack of one."""
+    return isinstance(cause, ssl.SSLError) and any(word in (cause.reason or "") for word in _ABOUT_OURS)
+
+
+def _no_tls(where: Where, cause: BaseException | None) -> str:
+    reason = getattr(cause, "reason", None) or ""
+    text = f"TLS with {where} failed{f' ({reason})' if reason else ''}"
+    if _refuses_ours(cause):
+        return f"{text}: it does not accept our certificate, or wants one; see clientCertFile"
+    if "HANDSHAKE_FAILURE" in reason:
+        return f"{text}; {_TLS}; perhaps it wants a certificate: see clientCertFile"
+    return f"{text}; {_TLS}"
 
 
 def _number(text: str) -> int | None:

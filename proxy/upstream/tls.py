@@ -19,15 +19,19 @@ def context_of(config: UpstreamConfig) -> ssl.SSLContext:
         try:
             context.load_verify_locations(config.ca_file)
         except (OSError, ssl.SSLError) as error:
-            raise _unusable(config, f"caFile {config.ca_file}", error) from error
+            raise _unusable(config, f"caFile {config.ca_file}", str(error)) from error
     if config.client_cert_file:
         files = f"clientCertFile {config.client_cert_file}"
         if config.client_key_file:
             files += f" with clientKeyFile {config.client_key_file}"
         try:
             context.load_cert_chain(config.client_cert_file, config.client_key_file, password=_no_password)
-        except (OSError, ssl.SSLError, ValueError) as error:
-            raise _unusable(config, files, error) from error
+        except ssl.SSLError as error:
+            reason = (error.reason or str(error)).replace("_", " ").lower()
+            hint = "give PEM, and the key that belongs to the certificate (clientKeyFile)"
+            raise _unusable(config, files, f"{reason}; {hint}") from error
+        except (OSError, ValueError) as error:
+            raise _unusable(config, files, str(error)) from error
     if config.insecure_skip_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -39,5 +43,5 @@ def _no_password() -> str:
     raise ValueError("the key is encrypted; give one without a passphrase, readable for pullcache only")
 
 
-def _unusable(config: UpstreamConfig, what: str, error: Exception) -> TLSFileUnusable:
-    return TLSFileUnusable(f"upstream {config.name}: {what} cannot be used: {error}")
+def _unusable(config: UpstreamConfig, what: str, why: str) -> TLSFileUnusable:
+    return TLSFileUnusable(f"upstream {config.name}: {what} cannot be used: {why}")

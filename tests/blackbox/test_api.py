@@ -46,7 +46,7 @@ def asked(registry: ScriptedRegistry) -> list[str]:
 
 
 def error_of(answer: WireResponse) -> str:
-    """The code of an error, whose form is checked (OCI distribution spec, DK10, DS7)."""
+    """The code of an error, whose form is checked (OCI distribution spec, "Error Codes")."""
     assert answer.headers.getall("Content-Type") == ["application/json"]
     assert answer.headers.get("Cache-Control") == "private, no-store"
     assert answer.headers.get("Vary") == "Authorization, Accept"
@@ -177,9 +177,7 @@ async def test_errors_have_the_form_and_the_code_of_the_specification(
     assert (head.status, head.body, head.headers.get("Content-Type")) == (status, b"", "application/json")
 
 
-async def test_ct12_head_of_a_manifest_as_a_blob_is_cheap(
-    cache: RunningCache, registry: ScriptedRegistry, image: Image
-) -> None:
+async def test_head_of_a_manifest_as_a_blob_is_cheap(cache: RunningCache, registry: ScriptedRegistry, image: Image) -> None:
     for _ in ("cold", "warm"):
         answer = await cache.head(blob(image.digest))
         assert answer.status in (200, 404)
@@ -205,7 +203,7 @@ async def test_ct12_head_of_a_manifest_as_a_blob_is_cheap(
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-async def test_dk6_rg1_all_accept_lines_count_and_schema1_is_never_added(
+async def test_all_accept_lines_count_and_schema1_is_never_added(
     cache: RunningCache, registry: ScriptedRegistry, image: Image, method: str, lines: list[str], sent: set[str]
 ) -> None:
     answer = await fetch(cache.host, cache.port, method, TAG, [("Accept", line) for line in lines])

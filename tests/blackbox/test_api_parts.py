@@ -50,7 +50,7 @@ ONE_RANGE = {
 
 
 @pytest.mark.parametrize("asking", ONE_RANGE)
-async def test_t23_dk9_pm8_a_range_of_a_blob_is_exact_and_never_stored_as_the_whole(
+async def test_t23_a_range_of_a_blob_is_exact_and_never_stored_as_the_whole(
     cache: RunningCache, registry: ScriptedRegistry, image: Image, asking: str
 ) -> None:
     path, (start, stop) = blob(image.layer_digests[0]), ONE_RANGE[asking]

@@ -1,4 +1,4 @@
-"""Many clients, and clients that leave: one download, whoever comes and goes: F45, F46, T44, CT28; and a full disk."""
+"""Many clients, and clients that leave: one download, whoever comes and goes: F45, F46, T44; and a full disk."""
 
 from __future__ import annotations
 
@@ -122,9 +122,9 @@ async def test_a_herd_costs_one_upstream_request(cache: RunningCache, registry: 
 async def test_a_storm_of_open_ended_ranges_costs_one_upstream_request(
     cache: RunningCache, registry: ScriptedRegistry, framing: str
 ) -> None:
-    """CT28: each asks ``bytes=N-`` of a cold blob, reads a chunk and hangs up, as containerd 2.1 and later do."""
+    """Each asks ``bytes=N-`` of a cold blob, reads a chunk and hangs up, as containerd 2.1 and later do."""
     chunk = 256 * 1024
-    data = blob_of("CT28", 8 * MI + 5)
+    data = blob_of("chunks", 8 * MI + 5)
     digest = registry.add_blob(REPO, data)
     path = blob_path(digest)
     if framing == "chunked":

@@ -1,4 +1,4 @@
-"""What each failure of an upstream becomes for a client: F35, with the statuses of DS9."""
+"""What each failure of an upstream becomes for a client: F35."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ refusing = pytest.mark.parametrize("kind", REFUSING)
 async def test_what_is_not_held_gets_the_status_that_fits(
     cache: RunningCache, registry: ScriptedRegistry, kind: str, what: str
 ) -> None:
-    """F35, DS9: upstream's answer -> status and code; the text names the upstream; nothing of it may be cached."""
+    """F35: upstream's answer -> status and code; the text names the upstream; nothing of it may be cached."""
     step, status, code = {**FAILING, **REFUSING}[kind]
     digest = digest_of(b"content")
     path = {"tag": manifest_path("1"), "manifest": manifest_path(digest), "blob": blob_path(digest)}[what]

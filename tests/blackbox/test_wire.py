@@ -136,7 +136,7 @@ async def test_t40_what_follows_a_refused_upgrade_is_answered_or_the_connection_
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 @pytest.mark.parametrize("size", [1, 64 * 1024])
-async def test_t40_cf4_a_small_body_is_drained_and_ignored(
+async def test_t40_a_small_body_is_drained_and_ignored(
     cache: RunningCache, registry: ScriptedRegistry, framing: str, size: int
 ) -> None:
     image = registry.add_image("team/app", "1", [b"layer"])

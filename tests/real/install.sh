@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs the programs that tests/real needs (Debian, as root), and starts no service.
+# Installs the programs that tests/real needs, or those named (Debian, as root), and starts no service.
 # Elsewhere it says what is missing and leaves the rest alone: those tests then skip.
 set -eu
 
@@ -32,6 +32,10 @@ add() {
 }
 
 for pair in $wanted; do
+    case " ${*:-${pair%%:*}} " in
+        *" ${pair%%:*} "*) ;;
+        *) continue ;;
+    esac
     if ! command -v "${pair%%:*}" >/dev/null 2>&1; then
         echo "missing: ${pair%%:*} (Debian package ${pair#*:})"
         add "${pair#*:}"
@@ -43,7 +47,7 @@ if ! [ -s /etc/ssl/certs/ca-certificates.crt ]; then
 fi
 
 if [ -z "$packages" ]; then
-    echo "everything the real tests need is here"
+    echo "everything needed is here"
     exit 0
 fi
 if ! [ -e /etc/debian_version ] || ! command -v apt-get >/dev/null 2>&1; then

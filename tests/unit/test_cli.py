@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import os
+import pty
+import select
 import socket
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
+import trustme
 from click.testing import CliRunner, Result
+from cryptography.hazmat.primitives import serialization
 
 from proxy import __version__
 from proxy.cli import main
@@ -73,6 +79,143 @@ def test_every_fault_of_a_bad_one_is_listed(tmp_path: Path) -> None:
     lines = result.stderr.splitlines()
     assert sorted(line.partition(":")[0] for line in lines[:-1]) == ["lisen", "log.level", "upstreams[0].name"]
     assert lines[-1] == "the configuration has 3 faults; nothing was started"
+
+
+class Files:
+    """Certificates and keys, good and bad."""
+
+    def __init__(self, folder: Path) -> None:
+        leaf, other = trustme.CA().issue_cert("pullcache.test"), trustme.CA().issue_cert("pullcache.test")
+        self.folder = folder
+        self.certificate = self._write("certificate.pem", leaf.cert_chain_pems[0].bytes())
+        self.key = self._write("good.key", leaf.private_key_pem.bytes())
+        self.both = self._write("both.pem", leaf.private_key_and_cert_chain_pem.bytes())
+        private = serialization.load_pem_private_key(leaf.private_key_pem.bytes(), None)
+        pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+        encrypted = private.private_bytes(pem, pkcs8, serialization.BestAvailableEncryption(b"hunter2"))
+        old = private.private_bytes(
+            pem, serialization.PrivateFormat.TraditionalOpenSSL, serialization.BestAvailableEncryption(b"hunter2")
+        )
+        bad = {
+            "encrypted": encrypted,
+            "encrypted in the old form": old,
+            "of another certificate": other.private_key_pem.bytes(),
+            "no key": b"hello",
+            "empty": b"",
+            "a certificate": leaf.cert_chain_pems[0].bytes(),
+        }
+        self.bad = {name: self._write(f"{name.replace(' ', '-')}.key", data) for name, data in bad.items()}
+        self.bad["missing"] = folder / "missing.key"
+        self.bad["a directory"] = folder
+
+    def config(self, keys: str) -> Path:
+        """A configuration with one upstream of these keys, and one that is good."""
+        file = self.folder / "config.yaml"
+        file.write_text(
+            f"cache: {{directory: {self.folder}/cache}}\nlisten: 127.0.0.1:0\nadmin: 127.0.0.1:0\n"
+            f"upstreams: [{{name: ghcr.io}}, {{name: corp.test, {keys}}}]\n"
+        )
+        return file
+
+    def _write(self, name: str, data: bytes) -> Path:
+        path = self.folder / name
+        path.write_bytes(data)
+        return path
+
+
+BAD_KEYS = [
+    "encrypted",
+    "encrypted in the old form",
+    "of another certificate",
+    "no key",
+    "empty",
+    "a certificate",
+    "missing",
+    "a directory",
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """Made once: keys take their time."""
+    return Files(tmp_path_factory.mktemp("tls"))
+
+
+def test_a_good_certificate_is_called_good(files: Files) -> None:
+    for keys in (f"clientCertFile: {files.certificate}, clientKeyFile: {files.key}", f"clientCertFile: {files.both}"):
+        result = invoke("check-config", str(files.config(keys)))
+        assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("bad", BAD_KEYS)
+def test_a_key_that_cannot_be_used_is_named(files: Files, bad: str) -> None:
+    """With its upstream and its file, so that somebody can mend it; nothing of what is in the file is told."""
+    keys = f"clientCertFile: {files.certificate}, clientKeyFile: {files.bad[bad]}"
+    result = invoke("check-config", str(files.config(keys)))
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    fault, last = result.stderr.splitlines()
+    assert fault.startswith("upstream corp.test: ")
+    assert "clientKeyFile" in fault
+    assert str(files.bad[bad]) in fault
+    assert ("encrypted" in fault) == bad.startswith("encrypted")
+    assert ("mismatch" in fault) == (bad == "of another certificate")
+    assert last == "the configuration has 1 fault; nothing was started"
+
+
+@pytest.mark.parametrize("key", ["caFile", "clientCertFile"])
+@pytest.mark.parametrize("bad", ["missing", "a directory", "no key", "empty"])
+def test_a_certificate_that_cannot_be_used_is_named(files: Files, bad: str, key: str) -> None:
+    result = invoke("check-config", str(files.config(f"{key}: {files.bad[bad]}")))
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"upstream corp.test: {key} {files.bad[bad]} cannot be used: ")
+
+
+def test_every_upstream_whose_files_are_wrong_is_named(files: Files) -> None:
+    file = files.folder / "config.yaml"
+    file.write_text("upstreams: [{name: a.test, caFile: /no/a}, {name: b.test}, {name: c.test, clientCertFile: /no/c}]")
+    result = invoke("check-config", str(file))
+    assert [line.partition(":")[0] for line in result.stderr.splitlines()[:-1]] == ["upstream a.test", "upstream c.test"]
+
+
+@pytest.mark.parametrize("bad", ["encrypted", "encrypted in the old form", "missing"])
+@pytest.mark.parametrize("command", ["check-config", "serve"])
+def test_nobody_is_ever_asked_for_a_passphrase(files: Files, command: str, bad: str) -> None:
+    """At a terminal, where OpenSSL would ask, and wait for ever for an answer."""
+    config = files.config(f"clientCertFile: {files.certificate}, clientKeyFile: {files.bad[bad]}")
+    arguments = ["check-config", str(config)] if command == "check-config" else ["serve", "--config", str(config)]
+    code, said = at_a_terminal("-m", "proxy", *arguments)
+    assert code == 2, said
+    assert "corp.test" in said
+    assert "PEM pass phrase" not in said
+    assert "Traceback" not in said
+
+
+def at_a_terminal(*arguments: str) -> tuple[int, str]:
+    """Runs Python with a terminal of its own; the exit code, and what stands there. Whoever asks there is killed."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    said = b""
+    try:
+        while b"pass phrase" not in said and select.select([ours], [], [], 60)[0]:
+            try:
+                said += os.read(ours, 4096)
+            except OSError:  # nobody is at the other end any more
+                return process.wait(60), said.decode(errors="replace")
+        return -1, said.decode(errors="replace")
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
 
 
 @pytest.mark.parametrize(

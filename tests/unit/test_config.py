@@ -155,6 +155,11 @@ def test_an_unknown_key_is_refused_with_what_was_meant(raw: object, path: str, h
         (one(pathPrefix="a/b"), "upstreams[0].pathPrefix", "one component"),
         (one(pathPrefix=""), "upstreams[0].pathPrefix", "one component"),
         (one(caFile="/x", insecureSkipVerify=True), "upstreams[0]", "exclude each other"),
+        (one(clientKeyFile="/k"), "upstreams[0]", "clientKeyFile: without clientCertFile"),
+        (one(clientCertFile=["/c"]), "upstreams[0].clientCertFile", "path"),
+        (one(clientCrtFile="/c"), "upstreams[0].clientCrtFile", "did you mean 'clientCertFile'"),
+        (one(httpsProxy="http://a.test"), "upstreams[0].httpsProxy", "did you mean 'httpProxy'"),
+        (one(timeouts={"endpoint": "0s"}), "upstreams[0].timeouts.endpoint", "greater than 0"),
         (one(timeouts={"head": "0s"}), "upstreams[0].timeouts.head", "greater than 0"),
         (one(timeouts={"head": "2h"}), "upstreams[0].timeouts.head", "3600"),
         (one(allowAddresses=["10.0.0.0/33"]), "upstreams[0].allowAddresses[0]", ""),
@@ -224,6 +229,85 @@ def test_an_endpoint_with_a_path_is_kept_without_its_last_slash() -> None:
 
 def test_a_password_in_an_endpoint_is_not_repeated() -> None:
     assert "hunter2" not in "\n".join(faults_of(one(endpoints=["https://u:hunter2@corp.test"])))
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        "http://proxy.corp:3128",
+        "http://proxy.corp",
+        "http://proxy.corp:3128/",
+        "http://proxy:3128",
+        "http://10.0.0.1:3128",
+        "http://[::1]:3128",
+        "http://user:password@proxy.corp:3128",
+        "http://user:p%40ss%3A%2F@proxy.corp:3128",
+        "http://user@proxy.corp:3128",
+    ],
+)
+def test_the_address_of_a_proxy(proxy: str) -> None:
+    """It is the operator's word, so it may be private without being listed."""
+    assert validate(one(httpProxy=proxy)).upstreams[0].http_proxy == proxy
+    assert validate(one()).upstreams[0].http_proxy is None
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        "",
+        "proxy.corp:3128",
+        "proxy.corp",
+        "//proxy.corp:3128",
+        "https://proxy.corp:3128",
+        "socks5://proxy.corp:1080",
+        "http://",
+        "http://:3128",
+        "http://proxy.corp:0",
+        "http://proxy.corp:99999",
+        "http://proxy.corp:x",
+        "http://[::1",
+        "http://a b:3128",
+        "http://proxy.corp:3128\n",
+        "http://proxy.corp:3128/path",
+        "http://proxy.corp:3128?a=b",
+        "http://proxy.corp:3128#a",
+        5,
+        ["http://proxy.corp:3128"],
+    ],
+)
+def test_what_is_no_address_of_a_proxy_is_refused(proxy: object) -> None:
+    assert any(fault.startswith("upstreams[0].httpProxy: ") for fault in faults_of(one(httpProxy=proxy)))
+
+
+@pytest.mark.parametrize("form", ["https://u:{}@proxy.corp", "http://u:{}@proxy.corp/x", "u:{}@proxy.corp", "http://u:{}@"])
+def test_the_password_of_a_proxy_is_not_repeated(form: str) -> None:
+    assert "hunter2" not in "\n".join(faults_of(one(httpProxy=form.format("hunter2"))))
+
+
+def test_the_address_of_a_proxy_can_be_in_a_file_or_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "proxy").write_text("http://user:hunter2@proxy.corp:3128\n")
+    monkeypatch.setenv("PULLCACHE_TEST_PASSWORD", "hunter2")
+    for text in (f"httpProxyFile: {tmp_path}/proxy", "httpProxy: 'http://user:${PULLCACHE_TEST_PASSWORD}@proxy.corp:3128'"):
+        config = load_text(tmp_path, f"upstreams: [{{name: corp.test, {text}}}]")
+        assert config.upstreams[0].http_proxy == "http://user:hunter2@proxy.corp:3128"
+
+
+def test_the_files_of_a_certificate_are_keys_of_their_own(tmp_path: Path) -> None:
+    """What they name is not read into the configuration: a key stays where it is."""
+    upstream = load_text(
+        tmp_path, "upstreams: [{name: corp.test, clientCertFile: /c.pem, clientKeyFile: /k.pem}]"
+    ).upstreams[0]
+    assert (upstream.client_cert_file, upstream.client_key_file) == (Path("/c.pem"), Path("/k.pem"))
+
+
+def test_several_endpoints_are_kept_in_their_order() -> None:
+    listed = ["https://b.test", "https://a.test/mirror", "https://corp.test"]
+    assert validate(one(endpoints=listed)).upstreams[0].endpoints == listed
+
+
+def test_each_endpoint_that_is_wrong_is_named() -> None:
+    faults = faults_of(one(endpoints=["https://a.test", "ftp://b.test", "https://c.test", "d.test"]))
+    assert [fault.partition(": ")[0] for fault in faults] == ["upstreams[0].endpoints[1]", "upstreams[0].endpoints[3]"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Errors: one class a code and status, as distribution has them (DS8) or as DS9 says for a proxy."""
+"""Errors: one class a code and status, as distribution has them, and what a proxy needs."""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ ROWS = (
     {"listener"},
     {"edge"},  # edge stands above handlers: it calls them, and takes DECISION and Handler from there
     {"handlers"},
-    {"send"},  # sends what pull answers
-    {"discovery"},  # lists have the form of pull's answers
-    {"pull"},
+    {"send"},
+    {"pull", "discovery"},
+    {"answers"},
     {"fetch"},
     {"spool"},
     {"policy", "upstream/*", "storage/*"},
