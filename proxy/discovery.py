@@ -32,6 +32,7 @@ from proxy.names import Digest, Repository, Tag, digest_of
 from proxy.once import Once
 from proxy.policy import stale_warning
 from proxy.storage.base import InlineContent
+from proxy.storage.catalog import Listed
 from proxy.storage.store import Store
 from proxy.threads import Threads
 from proxy.upstream.client import ManifestBody, Page, Upstream
@@ -98,7 +99,7 @@ class Discovery:
 
     async def _list_of_referrers(self, target: Target, subject: Digest) -> tuple[bytes, Decision, str | None]:
         key = (target.upstream, target.repository, subject)
-        known = self._store.referrers(*key)
+        known = await self._kept(*key)
         age = time.time() - known.checked if known else 0.0
         if known is not None and 0 <= age < _FRESH:
             return known.body, "hit", None
@@ -110,6 +111,17 @@ class Discovery:
             self._metrics.stale.labels(target.upstream).inc()
             log.warning("the referrers of %s in %s are served stale: %s", subject, target.repository, failure.message)
             return known.body, "stale", stale_warning(age, failure.message)
+
+    async def _kept(self, upstream: str, repository: Repository, subject: Digest) -> Listed | None:
+        """What was last said; nothing, if it has rotted."""
+        known = self._store.referrers(upstream, repository, subject)
+        try:
+            if known is not None:
+                await self._threads.run(parse_referrers, known.body, OCI_INDEX)
+        except ListInvalid as error:
+            log.warning("the referrers of %s in %s were not kept well: %s", subject, repository, error)
+            return None
+        return known
 
     async def _ask_referrers(self, target: Target, subject: Digest) -> bytes:
         """All pages in one, kept from now on; where the upstream has no such list, what its tag schema holds."""

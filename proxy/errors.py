@@ -121,6 +121,10 @@ class UpstreamBroken(UpstreamFailing):
     code, status = "UNKNOWN", 502
 
 
+class UpstreamRefused(UpstreamBroken):
+    """A 4xx that is none of the known ones: no use, but no word on how the upstream is either."""
+
+
 class TooManyRequests(UpstreamFailing):
     """The upstream limits the rate; ``Retry-After`` is passed on when it gave one."""
 

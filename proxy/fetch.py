@@ -79,6 +79,10 @@ class Mismatch(UpstreamBroken):
     """The content is not what its digest or its manifest says. Asking the same endpoint again would not mend it."""
 
 
+class _OtherSize(UpstreamBroken):
+    """Who continues a download says that it has another size: one of them lies, and the next answer may tell who."""
+
+
 class Fill:
     """One download."""
 
@@ -129,7 +133,7 @@ class Fill:
             if spool.received - mark >= _PROGRESS:
                 mark, reopens, moved = spool.received, 0, loop.time()
             if reopens == _REOPENS or loop.time() - moved > _STUCK:
-                raise broken
+                raise Mismatch(broken.message) if isinstance(broken, _OtherSize) else broken
             log.info("%s broke off after %d bytes (%s): continuing", spool.digest, spool.received, broken)
             metrics.resumes.inc()
             await asyncio.sleep(_DELAYS[reopens])
@@ -145,7 +149,7 @@ class Fill:
                 spool.size = stream.size
             elif spool.size != stream.size:
                 text = f"{spool.digest} is {spool.size} bytes, but the upstream announces {stream.size}"
-                raise UpstreamBroken(text) if attempt else Mismatch(text)
+                raise _OtherSize(text) if attempt else Mismatch(text)
         if (spool.size or 0) > self._limit:
             raise Mismatch(f"{spool.digest} has {spool.size} bytes; cache.maxBlobSize allows {self._limit}")
 

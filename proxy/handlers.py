@@ -72,7 +72,7 @@ class Handlers:
     async def tags(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """end-8: a page of a repository's tags."""
         target = self._target(request, path["name"])
-        query = parse_query([pair for pair in request.rel_url.query.items() if pair[0] != "ns"])
+        query = parse_query(request.rel_url.raw_query_string)
         asked = Asked(path["name"], request.rel_url.query.get("ns"))
         return await self._send(request, await self.discovery.tags(target, asked, query))
 

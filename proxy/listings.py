@@ -27,6 +27,7 @@ _MAX_PARAMETERS = 8
 _MAX_QUERY = 2048
 _NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 _LINK = re.compile(r"<([^<>]{1,4096})>((?:\s*;\s*[\w*-]+(?:\s*=\s*(?:\"[^\"]*\"|[^\s;,\"]*))?)*)", re.ASCII)
+_DESCRIPTOR = ("mediaType", "digest", "size", "urls", "annotations", "data", "artifactType", "platform")
 _MEDIA_TYPE = re.compile(r"[!-~]{1,255}", re.ASCII)
 _REL_NEXT = re.compile(r";\s*rel\s*=\s*(?:\"(?:[^\"]*\s)?next(?:\s[^\"]*)?\"|next(?=\s*(?:;|$)))", re.ASCII | re.IGNORECASE)
 
@@ -57,17 +58,25 @@ class ListQuery:
 
     def encoded(self) -> str:
         """As it stands in a URL."""
-        return urlencode(self.parameters, quote_via=quote, safe="")
+        return urlencode(self.parameters, quote_via=quote, safe="", errors="surrogateescape")
 
 
-def parse_query(parameters: Sequence[tuple[str, str]]) -> ListQuery:
-    """The query of a list; raises ``PaginationNumberInvalid`` or ``RequestInvalid``."""
+def parse_query(text: str) -> ListQuery:
+    """The query of a list, as it stands in a URL, but for ``ns``; raises ``PaginationNumberInvalid`` or ``RequestInvalid``.
+
+    Bytes that are no text are kept: a cursor is for its upstream to understand.
+    """
+    try:
+        pairs = parse_qsl(text, keep_blank_values=True, errors="surrogateescape", max_num_fields=_MAX_PARAMETERS + 1)
+    except ValueError as error:
+        raise RequestInvalid("the query is longer than that of any list") from error
+    parameters = tuple(pair for pair in pairs if pair[0] != "ns")
     numbers = [value for name, value in parameters if name == "n"]
     if len(numbers) > 1 or not all(_NUMBER.fullmatch(value) for value in numbers):
         raise PaginationNumberInvalid("n is not valid: expected one number of at least 0")
-    if len(parameters) > _MAX_PARAMETERS or sum(len(name) + len(value) for name, value in parameters) > _MAX_QUERY:
+    if len(parameters) > _MAX_PARAMETERS or len(text) > _MAX_QUERY:
         raise RequestInvalid("the query is longer than that of any list")
-    return ListQuery(tuple(parameters))
+    return ListQuery(parameters)
 
 
 def next_page(link: Sequence[str]) -> ListQuery | None:
@@ -79,8 +88,7 @@ def next_page(link: Sequence[str]) -> ListQuery | None:
         if not _REL_NEXT.search(parameters):
             continue
         try:
-            query = parse_qsl(urlsplit(target).query, keep_blank_values=True, max_num_fields=_MAX_PARAMETERS + 1)
-            parsed = parse_query([pair for pair in query if pair[0] != "ns"])
+            parsed = parse_query(urlsplit(target).query)
         except (ValueError, PaginationNumberInvalid, RequestInvalid) as error:
             raise ListInvalid("its link to the next page cannot be understood") from error
         if not parsed.parameters:
@@ -143,19 +151,30 @@ def parse_referrers(body: bytes, content_type: str) -> list[dict[str, Any]]:
         raise ListInvalid(str(error)) from error
     if manifest.media_type != OCI_INDEX:
         raise ListInvalid(f"it is {manifest.media_type}, not an OCI index")
-    descriptors = list(json.loads(body).get("manifests") or [])
+    try:
+        listed = json.loads(body).get("manifests") or []
+    except RecursionError as error:
+        raise ListInvalid("it is nested too deep") from error
+    descriptors = [{key: item[key] for key in _DESCRIPTOR if item.get(key) is not None} for item in listed]
     for item in descriptors:
-        notes = item.get("annotations") or {}
+        notes = item.get("annotations", {})
         kinds = [item.get("mediaType"), *([kind] if (kind := item.get("artifactType")) else [])]
         if not all(isinstance(kind, str) and _MEDIA_TYPE.fullmatch(kind) for kind in kinds):
             raise ListInvalid("it has a descriptor whose type is no media type")
         if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
             raise ListInvalid("it has a descriptor whose annotations are no text")
-    try:
-        json.dumps(descriptors, allow_nan=False)
-    except ValueError as error:
-        raise ListInvalid("it has a number that is none") from error
+        if not all(_is_flat(value) for value in item.values()):
+            raise ListInvalid("it has a descriptor with what no descriptor has")
     return descriptors
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether this is text or a number, or a list of texts, or a map of these: what the properties of a descriptor are."""
+    if isinstance(value, dict):
+        return all(isinstance(item, str) or (isinstance(item, list) and _is_flat(item)) for item in value.values())
+    if isinstance(value, list):
+        return all(isinstance(item, str) for item in value)
+    return isinstance(value, str | int)
 
 
 def referrers_document(descriptors: list[dict[str, Any]]) -> bytes:

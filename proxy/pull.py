@@ -179,9 +179,6 @@ class Pull:
                     raise self._mismatch(target, f"sent another manifest than {reference}")
             else:
                 digest = digest_of(answer.body)
-            known = self._store.manifest(digest)
-            if known is not None and known[1] != manifest.media_type:
-                raise self._mismatch(target, f"sent {digest} as {manifest.media_type}; before it was {known[1]}")
             return digest, answer.body, manifest
 
         async def get() -> _Held:
@@ -272,11 +269,13 @@ class Pull:
             return
         upstream = self._upstreams[target.upstream]
 
-        async def head() -> None:
-            told = await upstream.head_blob(target.repository, digest, target.via)
+        def verify(told: int | None) -> None:
             held = self._store.held_size(digest)
             if held is not None and told != held:  # the 200 of a login page is no yes
                 raise self._mismatch(target, f"says that {digest} has {told} bytes, and it has {held}")
+
+        async def head() -> None:
+            await upstream.head_blob(target.repository, digest, target.via, verify)
 
         await self._prove(target, digest, head)
 

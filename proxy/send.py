@@ -183,13 +183,17 @@ class _Socket:
         self._transport = transport
         self._writer = writer
         self._metrics = metrics
-        self._descriptor = os.dup(transport.get_extra_info("socket").fileno())
+        try:
+            self._socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+        except OSError as error:
+            raise CacheFailing("pullcache has too many files open; raise its limit (ulimit -n)") from error
+        self._descriptor = self._socket.fileno()
 
     def __enter__(self) -> _Socket:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        self._socket.close()
 
     async def send_file(self, piece: FileSpan) -> None:
         """Sends bytes of a file; raises ``ConnectionError`` when the client has gone."""
@@ -230,6 +234,8 @@ class _Socket:
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task})
+            if not task.cancelled():
+                task.exception()  # we may have been cancelled: its failure is then nobody's
 
     async def _room(self) -> None:
         loop = asyncio.get_running_loop()
@@ -247,8 +253,7 @@ class _Socket:
 
     def all_taken(self) -> bool:
         """Whether the client has acknowledged all that it was given and closed in good order, without a reset."""
-        with socket.socket(fileno=os.dup(self._descriptor)) as sock:
-            state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        state = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
         return self._left() == 0 and state == _CLOSE_WAIT
 
     def _left(self) -> int:

@@ -41,7 +41,6 @@ CREATE TABLE referrers (
   upstream TEXT NOT NULL, repository TEXT NOT NULL, subject TEXT NOT NULL, body BLOB NOT NULL, checked REAL NOT NULL,
   PRIMARY KEY (upstream, repository, subject)
 );
-CREATE INDEX referrers_by_age ON referrers (checked);
 """
 _STEPS = (_SCHEMA_1, _SCHEMA_2)
 SCHEMA_VERSION = len(_STEPS)
@@ -234,14 +233,14 @@ class Catalog:
     def set_referrers(
         self, upstream: str, repository: Repository, subject: Digest, body: bytes, checked: float
     ) -> Future[None]:
-        """The upstream says what refers to a manifest. The oldest lists go when there are too many."""
+        """The upstream says what refers to a manifest. The oldest lists go when there are too many: those of the
+        lowest row numbers, since clocks go back."""
 
         def write(connection: sqlite3.Connection) -> None:
             row = (upstream, repository, str(subject), body, checked)
             connection.execute("INSERT OR REPLACE INTO referrers VALUES (?, ?, ?, ?, ?)", row)
             connection.execute(
-                "DELETE FROM referrers WHERE checked <= "
-                "(SELECT checked FROM referrers ORDER BY checked DESC LIMIT 1 OFFSET ?)",
+                "DELETE FROM referrers WHERE rowid <= (SELECT rowid FROM referrers ORDER BY rowid DESC LIMIT 1 OFFSET ?)",
                 (_MAX_LISTS,),
             )
 

@@ -191,7 +191,7 @@ class Store:
 
     def put_referrers(self, upstream: str, repository: Repository, subject: Digest, body: bytes, checked: float) -> None:
         """Remembers what the upstream says that refers to a manifest; a list that is very long is not kept."""
-        if len(body) <= _MAX_LIST:
+        if len(body) <= _MAX_LIST and self._layout.has_room():
             self._wait(self._catalog.set_referrers(upstream, repository, subject, body, checked))
 
     def _tag_rows(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> list[Digest]:

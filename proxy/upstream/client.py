@@ -167,21 +167,29 @@ class Upstream:
 
         return await self._endpoints.ask(ask, self._patience, authority_only=authority_only)
 
-    async def head_blob(self, repository: Repository, digest: Digest, via: str) -> int | None:
-        """The size of a blob; raises ``RegistryError``. Where HEAD is not to be had (signed GET URLs), one byte is asked."""
+    async def head_blob(
+        self, repository: Repository, digest: Digest, via: str, verify: Callable[[int | None], None] = lambda _: None
+    ) -> int | None:
+        """The size of a blob; where ``verify`` refuses it, the next endpoint is asked. Raises ``RegistryError``."""
         path = f"/v2/{repository}/blobs/{digest}"
 
-        async def ask(where: Where) -> int | None:
+        async def size(where: Where) -> int | None:
             async with self._reply("HEAD", where, path, repository, {}, via) as reply:
                 if reply.status != 405 and (reply.is_own or reply.status not in (400, 401, 403)):
                     await reply.check(self._no_blob(repository, digest))
                     if reply.length is not None:
                         return reply.length
+            # HEAD is not to be had, for example of a signed URL for GET: one byte is asked for.
             async with self._reply("GET", where, path, repository, {"Range": "bytes=0-0"}, via) as reply:
                 await reply.check(self._no_blob(repository, digest))
                 if reply.status == 206:
                     return reply.part.total if reply.part else None
                 return reply.length
+
+        async def ask(where: Where) -> int | None:
+            told = await size(where)
+            verify(told)
+            return told
 
         return await self._endpoints.ask(ask, self._patience)
 

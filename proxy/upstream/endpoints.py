@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from prometheus_client import Gauge
 
-from proxy.errors import RegistryError, UpstreamFailing, UpstreamUnavailable
+from proxy.errors import RegistryError, UpstreamFailing, UpstreamRefused, UpstreamUnavailable
 from proxy.metrics import Metrics
 from proxy.upstream.reply import Where
 
@@ -70,14 +70,16 @@ class Endpoints:
     ) -> T:
         """The first good answer, beginning with the endpoint whose turn the ``attempt`` is; raises ``RegistryError``.
 
-        ``limit``: seconds for an endpoint after which nobody is left but those who rest. ``authority_only``: for lists, in
+        ``limit``: seconds for the authority where nobody is left after it but those who rest, and for all others together.
+        ``authority_only``: for lists, in
         which a mirror that lags would say of much that it is not there.
         """
         errors: dict[Where, RegistryError] = {}
         order = [self._authority] if authority_only else self._order(attempt)
+        share = min(self._budget, limit / max(1, len(self._listed) - 1))
         for number, where in enumerate(order, start=1):
-            is_last_hope = all(self._rests_now(other) for other in order[number:])
-            within = limit if is_last_hope else min(limit, self._budget)
+            is_last_hope = where is self._authority and all(self._rests_now(other) for other in order[number:])
+            within = limit if is_last_hope else share
             try:
                 async with asyncio.timeout(within):
                     answer = await question(where)
@@ -90,6 +92,8 @@ class Endpoints:
             else:
                 self.answering(where)
                 return answer
+            if isinstance(errors[where], UpstreamRefused):
+                continue
             if isinstance(errors[where], UpstreamFailing):
                 self.failing(where, errors[where].message)
             elif where is self._authority:

@@ -23,6 +23,7 @@ from proxy.errors import (
     TooManyRequests,
     UpstreamBroken,
     UpstreamFailing,
+    UpstreamRefused,
     UpstreamUnavailable,
 )
 from proxy.logs import printable
@@ -180,7 +181,7 @@ class Reply:
             )
         if status in (401, 403):
             raise UpstreamBroken(f"{text}, which is no registry's refusal; is a firewall or a login page in between?")
-        raise UpstreamBroken(text)
+        raise UpstreamRefused(text) if 400 <= status < 500 else UpstreamBroken(text)
 
     async def _said(self) -> _Said:
         if self._response.method == "HEAD":  # without a body the headers have to tell

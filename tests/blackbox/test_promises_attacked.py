@@ -209,3 +209,24 @@ async def test_an_answer_that_is_no_registrys_costs_no_held_tag(
         if state == "down":
             await registry.stop()
         assert (await cache.get(manifest_path("1"))).status == 200
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_t20_what_one_repository_brought_is_not_another_ones(
+    cache: RunningCache, registry: ScriptedRegistry, method: str
+) -> None:
+    """Manifest and blobs are held; a repository that does not have them is asked about, and its no is the answer."""
+    image = registry.add_image("team/secret", "1", [b"layer" * 100])
+    registry.add_image("team/open", "1", [b"something else"])
+    held = [("manifests", image.digest), ("blobs", image.config_digest), ("blobs", image.layer_digests[0])]
+    for kind, digest in held:
+        assert (await cache.get(f"/v2/team/secret/{kind}/{digest}")).status == 200
+    ask = cache.get if method == "GET" else cache.head
+    for kind, digest in held:
+        answer = await ask(f"/v2/team/open/{kind}/{digest}")
+        assert answer.status == 404
+        assert b"layer" not in answer.body
+    await registry.stop()
+    for kind, digest in held:
+        assert (await ask(f"/v2/team/open/{kind}/{digest}")).status == 503, "nobody can say yes"
+        assert (await ask(f"/v2/team/secret/{kind}/{digest}")).status == 200

@@ -237,7 +237,7 @@ def test_what_is_no_error_of_a_registry_is_passed_on_and_nobody_is_blamed() -> N
 # --- how long ---
 
 
-@pytest.mark.parametrize(("budget", "limit", "waits"), [(3.0, 15.0, [3.0, 3.0, 15.0]), (5.0, 1.0, [1.0, 1.0, 1.0])])
+@pytest.mark.parametrize(("budget", "limit", "waits"), [(3.0, 15.0, [3.0, 3.0, 15.0]), (5.0, 1.0, [0.5, 0.5, 1.0])])
 def test_each_has_its_budget_and_the_last_one_the_rest_of_the_patience(
     budget: float, limit: float, waits: list[float]
 ) -> None:

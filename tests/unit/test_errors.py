@@ -25,6 +25,7 @@ EXPECTED = {
     "UpstreamFailing": ("UNKNOWN", 500),
     "UpstreamUnavailable": ("UNAVAILABLE", 503),
     "UpstreamBroken": ("UNKNOWN", 502),
+    "UpstreamRefused": ("UNKNOWN", 502),
     "TooManyRequests": ("TOOMANYREQUESTS", 429),
 }
 KNOWN_CODES = frozenset(
