@@ -140,9 +140,10 @@ class Discovery:
     async def _pages(self, target: Target, subject: Digest) -> list[dict[str, Any]]:
         upstream = self._upstreams[target.upstream]
 
-        async def verify(page: Page) -> tuple[list[dict[str, Any]], ListQuery | None]:
+        async def verify(page: Page) -> tuple[list[dict[str, Any]], int, ListQuery | None]:
             try:
-                return await self._threads.run(parse_referrers, page.body, page.content_type), page.following()
+                found = await self._threads.run(parse_referrers, page.body, page.content_type)
+                return found, len(page.body), page.following()
             except ListInvalid as error:
                 raise self._unusable(target, subject, str(error)) from error
 
@@ -151,13 +152,15 @@ class Discovery:
         query = ListQuery()
         for _ in range(_MAX_PAGES):
             try:
-                page, following = await upstream.list_referrers(target.repository, subject, query, target.via, verify)
+                found, length, following = await upstream.list_referrers(
+                    target.repository, subject, query, target.via, verify
+                )
             except ManifestUnknown as error:
                 if query == ListQuery():
                     raise
                 raise self._unusable(target, subject, "it breaks off between its pages") from error  # half would hide some
-            descriptors += page
-            size += sum(len(str(item)) for item in page)
+            descriptors += found
+            size += length
             if following is None:
                 return descriptors
             if size > MAX_BYTES or following == query:

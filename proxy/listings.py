@@ -121,7 +121,7 @@ def page_of(tags: list[Tag], query: ListQuery, following: ListQuery | None) -> t
     Registries that do not page (docker-registry 2.8) answer with everything each time, in no order: the page is then cut
     out here. Those that page in an order of their own, byte by byte or whatever the case, are left theirs.
     """
-    if _ignores(query.last or "", tags):
+    if _is_ignored(query, tags):
         tags = [tag for tag in sorted(tags) if tag > (query.last or "")]
     elif following is None and tags not in (sorted(tags), sorted(tags, key=str.lower)):
         tags = sorted(tags)
@@ -133,9 +133,14 @@ def page_of(tags: list[Tag], query: ListQuery, following: ListQuery | None) -> t
     return tags, following if following != query else None
 
 
-def _ignores(last: str, tags: list[Tag]) -> bool:
-    """Whether there is a tag that comes after ``last`` in no order, byte by byte or whatever the case."""
-    return any(tag == last or (tag < last and tag.lower() < last.lower()) for tag in tags)
+def _is_ignored(query: ListQuery, tags: list[Tag]) -> bool:
+    """Whether the upstream pays no heed to ``last``: it lists that very tag, or more than ``n`` and some that come after it
+    in no order, byte by byte or whatever the case. A ``last`` that is no tag is a cursor, as of Amazon ECR."""
+    last = query.last or ""
+    if not is_tag(last) or last in tags:
+        return last in tags
+    is_longer = query.n is not None and len(tags) > query.n
+    return is_longer and any(tag < last and tag.lower() < last.lower() for tag in tags)
 
 
 def tags_document(name: str, tags: list[Tag]) -> bytes:

@@ -70,9 +70,9 @@ class Endpoints:
     ) -> T:
         """The first good answer, beginning with the endpoint whose turn the ``attempt`` is; raises ``RegistryError``.
 
-        ``limit``: seconds for the authority where nobody is left after it but those who rest, and for all others together.
-        ``authority_only``: for lists, in
-        which a mirror that lags would say of much that it is not there.
+        ``limit``: seconds for the authority where nobody is left after it but those who rest, and for all others together,
+        so that a client has its answer within twice that. ``authority_only``: for lists, in which a mirror that lags would
+        say of much that it is not there.
         """
         errors: dict[Where, RegistryError] = {}
         order = [self._authority] if authority_only else self._order(attempt)

@@ -223,3 +223,14 @@ def test_the_tag_of_the_tag_schema() -> None:
     sha512 = type(sha256)("sha512", "ab" * 64)
     assert referrers_tag(sha512) == f"sha512-{'ab' * 32}", "64 hex digits at most"
     assert is_tag(referrers_tag(sha512))
+
+
+def test_a_last_that_is_no_tag_is_a_cursor_and_takes_nothing_away() -> None:
+    """Amazon ECR writes its cursor there; nothing follows from how it compares with tags."""
+    page, following = [Tag("a"), Tag("b")], ListQuery((("last", "zz/9=="), ("n", "2")))
+    assert page_of(page, ListQuery((("last", "zz/8=="), ("n", "2"))), following) == (page, following)
+
+
+def test_a_registry_that_pages_in_an_order_of_its_own_loses_nothing() -> None:
+    page = [Tag("v9"), Tag("latest")]
+    assert page_of(page, ListQuery((("last", "v10"), ("n", "2"))), ListQuery((("last", "latest"),)))[0] == page
