@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from proxy.answers import Answer, Decision, Target
 from proxy.errors import ManifestUnknown, RegistryError, UpstreamBroken, UpstreamFailing
@@ -179,6 +179,8 @@ class Pull:
                     raise self._mismatch(target, f"sent another manifest than {reference}")
             else:
                 digest = digest_of(answer.body)
+            if (known := self._store.manifest(digest)) is not None:  # where the bytes do not say, the first sender has
+                manifest = replace(manifest, media_type=known[1])
             return digest, answer.body, manifest
 
         async def get() -> _Held:
