@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -192,6 +193,10 @@ class Service:
                 raise
 
 
+PLACE = re.compile(r"^/v2/.+/(?=(manifests|blobs|tags|referrers)/)")
+"""What stands before the place in a repository that a request is about."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One line of a registry's access log."""
@@ -273,6 +278,16 @@ class DockerRegistry(Service):
         with contextlib.suppress(ServiceError):  # the caller compares
             wait_until(lambda: digests <= self.blobs().keys(), "the log names the blobs", seconds)
         return self.blobs()
+
+    def asked(self, expected: Counter[str], seconds: float = 5.0) -> Counter[str]:
+        """All that it was asked, such as ``GET blobs/sha256:...``, once that is in the log; the caller compares."""
+
+        def now() -> Counter[str]:
+            return Counter(f"{request.method} {PLACE.sub('', request.path)}" for request in self.requests())
+
+        with contextlib.suppress(ServiceError):
+            wait_until(lambda: now() >= expected, "the log names the requests", seconds)
+        return now()
 
     def _count(self, pattern: re.Pattern[str], method: str) -> Counter[str]:
         matches = (pattern.match(request.path) for request in self.requests() if request.method == method)
@@ -425,6 +440,19 @@ class Pullcache(Service):
 
     def ready(self) -> bool:
         return status_of(f"{self.admin_url}/readyz") == 200
+
+    @property
+    def port(self) -> int:
+        """The port on which clients reach it."""
+        return int(self.host.rpartition(":")[2])
+
+    def figure(self, name: str) -> float:
+        """One of its figures, such as ``fills_total{result="held"}``, summed over the labels that are not given."""
+        with urllib.request.urlopen(f"{self.admin_url}/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        family, _, labels = f"pullcache_{name}".partition("{")
+        samples = (line.rpartition(" ") for line in lines if line.startswith((f"{family} ", f"{family}{{")))
+        return sum(float(value) for sample, _, value in samples if labels.rstrip("}") in sample)
 
     def stop(self) -> int | None:
         """SIGTERM and wait; anything but a clean exit is an error."""

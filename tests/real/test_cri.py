@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import http.client
 import io
 import json
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -23,8 +21,8 @@ from . import image as real_image
 from .cri import Cri, CriError
 from .image import CONFIG_TYPE, INDEX_TYPE, MANIFEST_TYPE, TAR_TYPE, RealImage
 from .line import Line
-from .pulls import NAME, TAG, UPSTREAM, assert_content, assert_hashes, reference
-from .services import Containerd, DockerRegistry, Pullcache, free_port, missing, pullcache_config, wait_until
+from .pulls import NAME, TAG, UPSTREAM, assert_content, assert_held, cold_requests, reference, warm_requests
+from .services import PLACE, Containerd, DockerRegistry, Pullcache, free_port, missing, pullcache_config, wait_until
 
 _no_ctr = missing("docker-registry", "skopeo", "containerd", "ctr", root=True)
 _no_cri = _no_ctr or cri.missing()
@@ -34,7 +32,6 @@ needs_cri = pytest.mark.skipif(_no_cri is not None, reason=str(_no_cri))
 PLATFORM = "linux/amd64"
 NESTED = "a/b/c/d"
 CRI_NAMESPACE = "k8s.io"
-_REPOSITORY = re.compile(r"^/v2/.+/(?=(manifests|blobs)/)")
 
 
 # -- what the tests need ---------------------------------------------------------------------------------------------
@@ -65,54 +62,14 @@ def cri_pulls(mirror: str, name: str, image: RealImage, room: Path, auth: Mappin
         assert_pulled(containerd, client, f"{UPSTREAM}/{name}", image)
 
 
+def cold(image: RealImage, how: str) -> Counter[str]:
+    """What upstream is asked for a cold pull."""
+    return cold_requests(image, how, PLATFORM, by_head=True)
+
+
 def nowhere() -> str:
     """A server at which nobody listens."""
     return f"http://127.0.0.1:{free_port()}"
-
-
-def cold_requests(image: RealImage, how: str) -> Counter[str]:
-    """All that an upstream may be asked for one platform of an image that is not held."""
-    head = TAG if how == "tag" else image.index
-    manifests = (image.index, image.manifests[PLATFORM])
-    return Counter(
-        [
-            f"HEAD manifests/{head}",
-            *(f"GET manifests/{digest}" for digest in manifests),
-            *(f"GET blobs/{digest}" for digest in image.contents[PLATFORM]),
-        ]
-    )
-
-
-def requests(upstream: DockerRegistry, expected: Counter[str]) -> Counter[str]:
-    """What a registry was asked, without the repository; the log's lines come after the last byte, so wait for them."""
-
-    def asked() -> Counter[str]:
-        return Counter(f"{each.method} {_REPOSITORY.sub('', each.path)}" for each in upstream.requests())
-
-    wait_until(lambda: asked().total() >= expected.total(), "the log names all requests")
-    return asked()
-
-
-def figures(pullcache: Pullcache) -> dict[str, float]:
-    """pullcache's own figures, as its admin address shows them."""
-    connection = http.client.HTTPConnection(pullcache.admin_host, timeout=5)
-    try:
-        connection.request("GET", "/metrics")
-        lines = connection.getresponse().read().decode().splitlines()
-    finally:
-        connection.close()
-    samples = (line.rpartition(" ") for line in lines if line.startswith("pullcache_"))
-    return {name.removeprefix("pullcache_"): float(value) for name, _, value in samples}
-
-
-def asked_upstream(pullcache: Pullcache) -> float:
-    """How many requests pullcache has sent or tried to send to upstreams."""
-    return sum(value for name, value in figures(pullcache).items() if name.startswith("upstream_requests_total"))
-
-
-def held(cache: Path) -> dict[str, Path]:
-    """What the cache holds, by the digest that the name of the file states."""
-    return {f"{file.parent.name}:{file.name}": file for file in cache.glob("blobs/*/*")}
 
 
 def small_image(layout: Path, text: str) -> RealImage:
@@ -179,11 +136,11 @@ def test_cri_by_tag(upstream: DockerRegistry, pullcache: Pullcache, image: RealI
     """Cold, each thing is asked for once; warm, only where the tag points; without a registry, all is served."""
     name = reference(image, "tag")
     cri_pulls(pullcache.url, name, image, room)
-    assert requests(upstream, cold_requests(image, "tag")) == cold_requests(image, "tag")
+    assert upstream.asked(cold(image, "tag")) == cold(image, "tag")
 
     upstream.forget()
     cri_pulls(pullcache.url, name, image, room)
-    assert requests(upstream, Counter([f"HEAD manifests/{TAG}"])) == Counter([f"HEAD manifests/{TAG}"])
+    assert upstream.asked(warm_requests("tag")) == warm_requests("tag")
 
     upstream.stop()
     cri_pulls(pullcache.url, name, image, room)
@@ -194,12 +151,12 @@ def test_cri_by_digest(upstream: DockerRegistry, pullcache: Pullcache, image: Re
     """Cold, each thing is asked for once; warm, nobody is asked, and so the registry need not be there."""
     name = reference(image, "digest")
     cri_pulls(pullcache.url, name, image, room)
-    assert requests(upstream, cold_requests(image, "digest")) == cold_requests(image, "digest")
+    assert upstream.asked(cold(image, "digest")) == cold(image, "digest")
 
     upstream.stop()
-    before = asked_upstream(pullcache)
+    before = pullcache.figure("upstream_requests_total")
     cri_pulls(pullcache.url, name, image, room)
-    assert asked_upstream(pullcache) == before == cold_requests(image, "digest").total()
+    assert pullcache.figure("upstream_requests_total") == before == cold(image, "digest").total()
 
 
 @needs_cri
@@ -209,13 +166,13 @@ def test_what_containerd_sends(room: Path, how: str) -> None:
 
     The kubelet gives containerd those for the image; a mirror gets them only if it asks, which pullcache never does.
     """
-    with two_upstreams(room, "localhost") as two, Line(port_of(two.pullcache), keep=1 << 16) as line:
+    with two_upstreams(room, "localhost") as two, Line(two.pullcache.port, keep=1 << 16) as line:
         image = two.default_image
         name = f"{NESTED}:{TAG}" if how == "tag" else f"{NESTED}@{image.index}"
         cri_pulls(line.url, name, image, room, auth={"username": "user", "password": "secret"})
         sent = sent_over(line)
-    expected = cold_requests(image, how)  # a client with nothing asks for the same as a cache with nothing
-    assert Counter(f"{each.method} {_REPOSITORY.sub('', each.target)}" for each in sent) == Counter(
+    expected = cold(image, how)  # a client with nothing asks for the same as a cache with nothing
+    assert Counter(f"{each.method} {PLACE.sub('', each.target)}" for each in sent) == Counter(
         {f"{request}?ns={UPSTREAM}": count for request, count in expected.items()}
     )
     assert all(each.target.startswith(f"/v2/{NESTED}/") for each in sent)
@@ -248,11 +205,6 @@ def sent_over(line: Line) -> list[Sent]:
     return found
 
 
-def port_of(pullcache: Pullcache) -> int:
-    """The port at which it listens."""
-    return int(pullcache.host.rpartition(":")[2])
-
-
 # -- a registry that fails and comes back ------------------------------------------------------------------------------
 
 
@@ -269,19 +221,16 @@ def test_cri_fails_and_then_succeeds(upstream: DockerRegistry, image: RealImage,
                 if fault == "corrupt":
                     line.garble_at(10_000_000)  # in a layer: all else together is smaller
                 said = failing_pull(client, name, meanwhile=lambda: cut(line) if fault == "cut" else None)
-                wait_until(lambda: not figures(pullcache)["fills_in_flight"], "the downloads have ended")
-                counted = figures(pullcache)
-                assert counted.get('fills_total{result="failed"}', 0) >= 1, said
-                assert (f'mismatches_total{{upstream="{UPSTREAM}"}}' in counted) == (fault == "corrupt"), said
-                assert_hashes(held(room / "cache"))
+                assert_held(pullcache, room / "cache")
+                assert pullcache.figure('fills_total{result="failed"}') >= 1, said
+                assert (pullcache.figure("mismatches_total") > 0) == (fault == "corrupt"), said
                 assert not client.images()
                 wait_until(lambda: is_empty(containerd), "containerd has dropped the parts of what failed")
 
                 line.heal()
                 assert client.pull(name) == image.contents[PLATFORM][0]
                 assert_pulled(containerd, client, name, image)
-        assert held(room / "cache").keys() == image.of(PLATFORM)
-        assert_hashes(held(room / "cache"))
+                assert_held(pullcache, room / "cache", image.of(PLATFORM))
 
 
 def cut(line: Line) -> None:
@@ -329,7 +278,7 @@ def test_registry_with_a_port(room: Path, folder: str) -> None:
             containerd.hosts_toml(folder.format(two.ported.port), two.pullcache.url, server=nowhere())
             containerd.fetch(f"{repository}@{image.index}", PLATFORM)
             assert_content(containerd, image, PLATFORM)
-        assert requests(two.ported, cold_requests(image, "tag")) == cold_requests(image, "tag")
+        assert two.ported.asked(cold(image, "tag")) == cold(image, "tag")
         assert {request.agent.partition("/")[0] for request in two.ported.requests()} == {"pullcache"}
         assert not two.default.requests()
 

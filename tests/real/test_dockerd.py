@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import pytest
 from .dockerd import Dockerd, newer
 from .image import RealImage
 from .line import Line
-from .pulls import IMAGE_CACHE, NAME, TAG, UPSTREAM, assert_hashes, reference
+from .pulls import IMAGE_CACHE, NAME, TAG, UPSTREAM, assert_hashes, assert_held, cold_requests, reference, warm_requests
 from .services import (
     COMMAND_SECONDS,
     DockerRegistry,
@@ -104,39 +103,9 @@ def serve(room: Path, endpoint: str) -> Iterator[Pullcache]:
         print(server.log[-4000:])  # pytest shows it when the test failed
 
 
-def port_of(server: Pullcache) -> int:
-    """The port on which clients reach it."""
-    return int(server.host.rpartition(":")[2])
-
-
-def figure(server: Pullcache, name: str) -> float:
-    """The sum of a figure over its labels."""
-    with urllib.request.urlopen(f"{server.admin_url}/metrics", timeout=5) as answer:
-        text = answer.read().decode()
-    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(rf"{name}[{{ ]", line))
-
-
-def needed(image: RealImage, platform: str, *first: str) -> Counter[str]:
-    """One request for what is ``first`` asked, and one GET for each manifest and blob of a platform."""
-    return Counter([*first, *(f"GET {digest}" for digest in image.of(platform))])
-
-
-def first_request(how: str, image: RealImage, kind: Kind) -> list[str]:
-    """What upstream is asked before anything is fetched."""
-    if how == "tag":
-        return [f"HEAD {TAG}"]
-    return [f"HEAD {image.index}"] if kind.store else []
-
-
-def asked(registry: DockerRegistry, wanted: Counter[str]) -> Counter[str]:
-    """All that a registry was asked, by method and by tag or digest, once it was asked for what is wanted."""
-
-    def now() -> Counter[str]:
-        return Counter(f"{request.method} {request.path.rpartition('/')[2]}" for request in registry.requests())
-
-    with contextlib.suppress(ServiceError):  # the caller compares
-        wait_until(lambda: now() >= wanted, "the log names the requests", 5)
-    return now()
+def cold(image: RealImage, kind: Kind, how: str = "tag", platform: str = ARM64) -> Counter[str]:
+    """What upstream is asked for a cold pull: the image store begins one by digest with a HEAD, too."""
+    return cold_requests(image, how, platform, by_head=how == "tag" or kind.store)
 
 
 def assert_image(docker: Dockerd, name: str, image: RealImage, platform: str = ARM64) -> None:
@@ -156,36 +125,25 @@ def assert_image(docker: Dockerd, name: str, image: RealImage, platform: str = A
     assert_hashes(files)
 
 
-def assert_cache(room: Path) -> None:
-    """Whatever pullcache keeps has the content that its name says."""
-    assert_hashes({f"sha256:{path.name}": path for path in (room / "cache" / "blobs" / "sha256").iterdir()})
-
-
 @pytest.mark.parametrize(("how", "repository"), [("tag", "real"), ("digest", "docker.io/debian/real")])
 def test_docker_hub_image_cold_warm_and_without_registry(
     hub: DockerRegistry, mirror: Pullcache, image: RealImage, room: Path, kind: Kind, how: str, repository: str
 ) -> None:
-    """Through ``registry-mirrors``: each manifest and blob is asked for once, a tag by one HEAD at each pull, no more.
-
-    The containerd image store begins a pull by digest with a HEAD as well; while the manifest is not held, upstream gets it.
-    """
+    """Through ``registry-mirrors``: each manifest and blob is asked for once, a tag by one HEAD at each pull, no more."""
     name = f"{repository}:{TAG}" if how == "tag" else f"{repository}@{image.index}"
     with kind.daemon(room, mirror.url) as docker:
         docker.pull(name, ARM64)
         assert_image(docker, name, image)
-        wanted = needed(image, ARM64, *first_request(how, image, kind))
-        assert asked(hub, wanted) == wanted
+        wanted = cold(image, kind, how)
+        assert hub.asked(wanted) == wanted
 
         docker.forget()
-        hub.forget()
-        if how == "tag":
-            docker.pull(name, ARM64)
-            assert_image(docker, name, image)
-            wanted = Counter([f"HEAD {TAG}"])
-            assert asked(hub, wanted) == wanted
-            docker.forget()
-
-        hub.stop()
+        docker.pull(name, ARM64)
+        assert_image(docker, name, image)
+        docker.forget()
+        hub.stop()  # then its log is complete
+        wanted += warm_requests(how)
+        assert hub.asked(wanted) == wanted
         docker.pull(name, ARM64)
         assert_image(docker, name, image)
 
@@ -197,8 +155,8 @@ def test_a_large_layer(hub: DockerRegistry, mirror: Pullcache, image: RealImage,
     with kind.daemon(room, mirror.url) as docker:
         docker.pull(name, AMD64)
         assert_image(docker, name, image, AMD64)
-    wanted = needed(image, AMD64, f"HEAD {TAG}")
-    assert asked(hub, wanted) == wanted
+    wanted = cold(image, kind, platform=AMD64)
+    assert hub.asked(wanted) == wanted
 
 
 @pytest.mark.parametrize("kind", ["graph"], indirect=True)
@@ -223,8 +181,8 @@ def test_the_cache_named_in_front(
     with kind.daemon(room) as docker:
         docker.pull(name, ARM64)
         assert_image(docker, name, image)
-    wanted = needed(image, ARM64, f"HEAD {TAG}")
-    assert asked(upstream, wanted) == wanted
+    wanted = cold(image, kind)
+    assert upstream.asked(wanted) == wanted
 
 
 @pytest.mark.parametrize("kind", ["store"], indirect=True)
@@ -241,8 +199,8 @@ def test_hosts_toml_makes_it_the_mirror_of_any_registry(
         (folder / "hosts.toml").write_text(f'[host."{pullcache.url}"]\ncapabilities = ["pull", "resolve"]\n')
         docker.pull(name, ARM64)
         assert_image(docker, name, image)
-    wanted = needed(image, ARM64, f"HEAD {TAG}")
-    assert asked(upstream, wanted) == wanted
+    wanted = cold(image, kind)
+    assert upstream.asked(wanted) == wanted
 
 
 def test_a_layer_that_arrives_corrupt(hub: DockerRegistry, image: RealImage, room: Path, kind: Kind) -> None:
@@ -257,12 +215,12 @@ def test_a_layer_that_arrives_corrupt(hub: DockerRegistry, image: RealImage, roo
         command = docker.docker_command("pull", "--platform", ARM64, name)
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pulling:
             try:
-                wait_until(lambda: figure(mirror, "pullcache_mismatches_total") > 0, "pullcache saw it", 30)
+                wait_until(lambda: mirror.figure("mismatches_total") > 0, "pullcache saw it", 30)
                 line.heal()
                 said = pulling.communicate(timeout=COMMAND_SECONDS)[0]
             finally:
                 pulling.kill()
-        assert_cache(room)
+        assert_held(mirror, room / "cache")
         if kind.store:
             assert pulling.returncode != 0, said
             with kind.daemon(room / "another", mirror.url) as another:
@@ -272,12 +230,38 @@ def test_a_layer_that_arrives_corrupt(hub: DockerRegistry, image: RealImage, roo
             assert pulling.returncode == 0, said
             assert "retrying (1/5): unexpected EOF" in docker.log
             assert_image(docker, name, image)
-        assert figure(mirror, "pullcache_mismatches_total") == 1
-        assert_cache(room)
-    again = image.contents[ARM64][1]
-    wanted = Counter({f"GET {digest}": 1 + (digest == again) for digest in image.of(ARM64)})
-    got = asked(hub, wanted)
-    assert {what: got[what] for what in wanted} == wanted
+        assert mirror.figure("mismatches_total") == 1
+        assert_held(mirror, room / "cache")
+        assert_held(mirror, room / "cache", image.of(ARM64))
+    wanted = cold(image, kind) + Counter([f"GET blobs/{image.contents[ARM64][1]}"])
+    wanted += warm_requests("tag") if kind.store else Counter()
+    assert hub.asked(wanted) == wanted
+
+
+def test_a_registry_that_breaks_off(hub: DockerRegistry, image: RealImage, room: Path, kind: Kind) -> None:
+    """Every connection to it ends early, more often than pullcache goes on; once that is over the next pull is right.
+
+    Graph drivers try the layer anew by themselves. The containerd image store fails, and is told to pull again.
+    """
+    name = f"real:{TAG}"
+    with Line(hub.port) as line, serve(room, line.url) as mirror, kind.daemon(room, mirror.url) as docker:
+        line.cut_after(5_000)
+        command = docker.docker_command("pull", "--platform", ARM64, name)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pulling:
+            try:
+                wait_until(lambda: mirror.figure('fills_total{result="failed"}') > 0, "pullcache has given up", 60)
+                assert_held(mirror, room / "cache")
+                line.heal()
+                said = pulling.communicate(timeout=COMMAND_SECONDS)[0]
+            finally:
+                pulling.kill()
+        if kind.store and pulling.returncode != 0:
+            docker.pull(name, ARM64)
+        else:
+            assert pulling.returncode == 0, said
+        assert_image(docker, name, image)
+        assert_held(mirror, room / "cache", image.of(ARM64))
+        assert mirror.figure("mismatches_total") == 0
 
 
 def test_a_line_cut_between_docker_and_the_cache(
@@ -289,7 +273,7 @@ def test_a_line_cut_between_docker_and_the_cache(
     ``docker pull`` asks for the rest, or for all.
     """
     name = f"real:{TAG}"
-    with Line(port_of(mirror), keep=100_000) as line, kind.daemon(room, line.url) as docker:
+    with Line(mirror.port, keep=100_000) as line, kind.daemon(room, line.url) as docker:
         line.cut_after(MIDWAY)  # what is missing then is shorter: one cut
         if kind.store:
             with pytest.raises(ServiceError, match="connection reset by peer"):
@@ -302,8 +286,8 @@ def test_a_line_cut_between_docker_and_the_cache(
     assert len(parts) == len(ranges)
     if not kind.store:
         assert [0 < int(start) < MIDWAY for start in ranges] == [True]
-    wanted = needed(image, ARM64, *([f"HEAD {TAG}"] * (2 if kind.store else 1)))
-    assert asked(hub, wanted) == wanted
+    wanted = cold(image, kind) + (warm_requests("tag") if kind.store else Counter())
+    assert hub.asked(wanted) == wanted
 
 
 def test_dockerd_leaves_nothing_behind(room: Path, kind: Kind) -> None:

@@ -11,7 +11,6 @@ import http.server
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -121,7 +120,7 @@ def test_the_image_is_pulled_whatever_is_wrong_with_the_mirror(
         upstream.forget()
         seconds = pull(server, image, room, how)
         warm = pull(server, image, room, how)
-        resumes = metric(server, "pullcache_resumes_total")
+        resumes = server.figure("resumes_total")
     print(
         f"\nEXTRA {fault} by {how}: {seconds - alone:+.2f} s ({alone:.2f} s without a mirror, {seconds:.2f} s with it, "
         f"{warm:.2f} s again, {resumes:g} continued)"
@@ -180,10 +179,3 @@ def test_a_mirror_that_comes_back_is_used_again(upstream: DockerRegistry, image:
         wait_until(is_used, "the mirror is asked again", 60)
         pull(server, image, room)
         assert line.received > image.sizes[image.biggest]
-
-
-def metric(server: Pullcache, name: str) -> float:
-    """A figure of the admin address, summed over its labels."""
-    with urllib.request.urlopen(f"{server.admin_url}/metrics", timeout=10) as page:
-        lines = page.read().decode().splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))

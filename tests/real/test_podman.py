@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import tempfile
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +16,7 @@ import pytest
 from .containers import Containers, Mirror, Pulled
 from .image import RealImage
 from .line import Line
-from .pulls import NAME, TAG, UPSTREAM, assert_hashes, once, reference
+from .pulls import NAME, TAG, UPSTREAM, assert_hashes, assert_held, cold_requests, once, reference, warm_requests
 from .services import COMMAND_SECONDS, DockerRegistry, Pullcache, ServiceError, missing, pullcache_config, wait_until
 
 _no_podman = missing("docker-registry", "skopeo", "podman", "unshare", root=True)
@@ -75,19 +73,6 @@ def podman_pulls(mirror: Mirror, name: str, image: RealImage, platform: str, roo
         assert_pulled(containers, f"{UPSTREAM}/{name}", image, platform)
 
 
-def of_one_pull(image: RealImage, platform: str, how: str) -> Counter[str]:
-    """What a cold pull is made of, as ``requests_of`` tells it: every part once."""
-    manifests = (TAG if how == "tag" else image.index, image.manifests[platform])
-    paths = [f"manifests/{manifest}" for manifest in manifests]
-    paths += [f"blobs/{digest}" for digest in image.contents[platform]]
-    return Counter(f"GET {path}" for path in paths)
-
-
-def requests_of(upstream: DockerRegistry) -> Counter[str]:
-    """All that the registry was asked, by method and place in the repository."""
-    return Counter(f"{request.method} {request.path.removeprefix(f'/v2/{NAME}/')}" for request in upstream.requests())
-
-
 def heads(line: Line) -> list[str]:
     """The heads of the requests that went through a line that keeps them; without hellos of TLS."""
     heads = "".join(bytes(kept).decode() for kept in line.requests if not kept.startswith(b"\x16")).split("\r\n\r\n")
@@ -99,31 +84,11 @@ def assert_wire(line: Line, prefix: str, image: RealImage, how: str) -> None:
     first, *others = heads(line) or ["nothing"]
     assert first.startswith("GET /v2/ HTTP/1.1\r\n")
     asked = Counter(" ".join(head.split(" ", 2)[:2]).replace(f"/v2/{prefix}/", "", 1) for head in others)
-    assert asked == of_one_pull(image, SMALL, how)
+    assert asked == cold_requests(image, how, SMALL, by_head=False)
     for head in others:
         assert not re.search("^(Range|Authorization|If-[A-Za-z-]+):", head, re.MULTILINE | re.IGNORECASE)
         if "/manifests/" in head:
             assert set(re.findall(r"^Accept: (\S+)\r?$", head, re.MULTILINE)) >= MODERN
-
-
-def port_of(pullcache: Pullcache) -> int:
-    """Where it listens."""
-    return int(pullcache.host.rpartition(":")[2])
-
-
-def metric(pullcache: Pullcache, name: str) -> float:
-    """The sum of a metric's samples."""
-    with urllib.request.urlopen(f"{pullcache.admin_url}/metrics", timeout=5) as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if re.match(rf"pullcache_{name}[{{ ]", line))
-
-
-def assert_held(pullcache: Pullcache, cache: Path, digests: frozenset[str] | None = None) -> None:
-    """When nothing is being downloaded any more, all that is held has the content of its name. ``digests`` is what."""
-    wait_until(lambda: metric(pullcache, "fills_in_flight") == 0, "no download runs")
-    files = {f"sha256:{path.name}": path for path in (cache / "blobs" / "sha256").iterdir()}
-    assert_hashes(files)
-    assert digests is None or files.keys() == digests
 
 
 # -- podman ----------------------------------------------------------------------------------------------------------
@@ -139,8 +104,8 @@ def test_podman_cold_warm_and_without_upstream(
     podman_pulls(mirror, reference(image, how), image, platform, room)
     podman_pulls(mirror, reference(image, how), image, platform, room)
     upstream.stop()  # then its log is complete
-    revalidated = Counter({f"HEAD manifests/{TAG}": 1} if how == "tag" else {})
-    assert requests_of(upstream) == of_one_pull(image, platform, how) + revalidated
+    wanted = cold_requests(image, how, platform, by_head=False) + warm_requests(how)
+    assert upstream.asked(wanted) == wanted
 
     podman_pulls(mirror, reference(image, how), image, platform, room)
 
@@ -156,7 +121,7 @@ def test_podman_after_corruption(
     with pytest.raises(ServiceError, match=r"unexpected EOF|status code from registry 50\d"):
         containers.podman(*pull)
     assert_held(behind, room / "cache")
-    assert metric(behind, "mismatches_total") >= 1
+    assert behind.figure("mismatches_total") >= 1
 
     line.heal()
     containers.podman(*pull)
@@ -186,7 +151,7 @@ def test_podman_does_not_notice_breaks(line: Line, behind: Pullcache, image: Rea
     """A connection that breaks every 100 kB is continued inside each answer, hundreds of times."""
     line.cut_after(100_000)
     podman_pulls(mirror_at(behind.host), reference(image, "tag"), image, SMALL, room)
-    assert metric(behind, "resumes_total") > sum(image.sizes[digest] for digest in image.contents[SMALL]) // 100_000
+    assert behind.figure("resumes_total") > sum(image.sizes[digest] for digest in image.contents[SMALL]) // 100_000
     assert_held(behind, room / "cache", image.of(SMALL))
 
 
@@ -195,7 +160,7 @@ def test_podman_cut_once(upstream: DockerRegistry, pullcache: Pullcache, image: 
     """Cut in the middle of a blob, podman still gets the image, however it goes on; the registry is asked no more for it."""
     biggest = max(image.contents[SMALL], key=lambda digest: image.sizes[digest])
     left = re.compile(rf'/blobs/{biggest}".* status="(left|cut)"')
-    with Line(port_of(pullcache)) as to_podman:
+    with Line(pullcache.port) as to_podman:
         containers = Containers(room / "containers", mirror_at(to_podman.host))
         to_podman.cut_after(image.sizes[biggest] // 2)
         with containers.start("podman", "pull", "--platform", SMALL, f"{UPSTREAM}/{reference(image, 'tag')}") as podman:
@@ -224,7 +189,7 @@ def test_short_names(image: RealImage, data: Path, room: Path) -> None:
         Pullcache(pullcache_config(room / "cache", "docker.io", hub.url), root=room / "pullcache") as pullcache,
     ):
         for program in ("skopeo", "podman"):
-            with Line(port_of(pullcache), keep=8_000) as line:
+            with Line(pullcache.port, keep=8_000) as line:
                 containers = Containers(room / program, Mirror("docker.io", f"{line.host}/docker.io"))
                 if program == "skopeo":
                     containers.skopeo("--override-arch", "arm64", "copy", f"docker://real:{TAG}", f"dir:{room}/copied")
@@ -244,7 +209,7 @@ def test_pull_from_mirror(
 ) -> None:
     """The mirror gets all of a pull, or nothing of it, as ``pull-from-mirror`` says for tags and for digests."""
     for how in ("tag", "digest"):
-        with Line(port_of(pullcache), keep=8_000) as mirror, Line(upstream.port, keep=8_000) as primary:
+        with Line(pullcache.port, keep=8_000) as mirror, Line(upstream.port, keep=8_000) as primary:
             containers = Containers(room / how, mirror_at(mirror.host, setting, primary.host))
             target = room / how / "copied"
             source = f"docker://{UPSTREAM}/{reference(image, how)}"
@@ -278,11 +243,10 @@ def test_buildah(
 ) -> None:
     """As podman: the mirror is asked for each part once, and brings the very image."""
     name = f"{UPSTREAM}/{reference(image, how)}"
-    with Line(port_of(pullcache), keep=8_000) as line:
+    with Line(pullcache.port, keep=8_000) as line:
         containers = Containers(room / "containers", mirror_at(line.host))
         containers.buildah(command, "--platform", SMALL, name)
         assert_wire(line, f"{UPSTREAM}/{NAME}", image, how)
     assert_pulled(containers, name, image, SMALL)
-    with contextlib.suppress(ServiceError):  # the assertion below tells more
-        wait_until(lambda: requests_of(upstream) == of_one_pull(image, SMALL, how), "the log is complete", 5)
-    assert requests_of(upstream) == of_one_pull(image, SMALL, how)
+    wanted = cold_requests(image, how, SMALL, by_head=False)
+    assert upstream.asked(wanted) == wanted

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from .image import RealImage
-from .pulls import UPSTREAM, assert_content, assert_layout, known_without_upstream, once, reference
+from .pulls import (
+    UPSTREAM,
+    assert_content,
+    assert_layout,
+    cold_requests,
+    known_without_upstream,
+    once,
+    reference,
+    warm_requests,
+)
 from .services import (
     COMMAND_SECONDS,
     Containerd,
@@ -68,22 +77,20 @@ def test_ctr_without_pullcache(upstream: DockerRegistry, image: RealImage, room:
 def test_skopeo_cold_warm_and_without_upstream(
     upstream: DockerRegistry, pullcache: Pullcache, image: RealImage, room: Path, how: str
 ) -> None:
-    """All platforms: each blob is asked for once, whatever comes after, even with no registry at all."""
+    """All platforms: each part is asked for once, a warm tag by one HEAD; without a registry all is served."""
     name = reference(image, how)
     skopeo_pulls(pullcache.host, f"{UPSTREAM}/{name}", image, room)
-    assert upstream.wait_for_blobs(image.blobs) == once(image.blobs)
-    asked = upstream.manifests()
-    assert [asked[digest] for digest in image.manifests.values()] == [1, 1]
+    cold = cold_requests(image, how, *image.manifests, by_head=False)
+    assert upstream.asked(cold) == cold
 
-    upstream.forget()
     skopeo_pulls(pullcache.host, f"{UPSTREAM}/{name}", image, room)
     skopeo_pulls(pullcache.host, name, image, room)
-    assert not upstream.blobs()
+    upstream.stop()  # then its log is complete
+    wanted = cold + warm_requests(how) + warm_requests(how)
+    assert upstream.asked(wanted) == wanted
 
-    upstream.stop()
     for known in known_without_upstream(how):
         skopeo_pulls(pullcache.host, f"{UPSTREAM}/{reference(image, known)}", image, room)
-    assert not upstream.blobs()
 
 
 @needs_ctr
@@ -91,20 +98,19 @@ def test_skopeo_cold_warm_and_without_upstream(
 def test_ctr_cold_warm_and_without_upstream(
     upstream: DockerRegistry, pullcache: Pullcache, image: RealImage, room: Path, how: str, platform: str
 ) -> None:
-    """One platform, through ``hosts.toml``: its blobs are asked for once, and no others."""
+    """One platform, through ``hosts.toml``: its parts are asked for once, and no others; a warm tag by one HEAD."""
     name = reference(image, how)
-    wanted = frozenset(image.contents[platform])
     ctr_pulls(pullcache.url, name, image, platform, room)
-    assert upstream.wait_for_blobs(wanted) == once(wanted)
+    cold = cold_requests(image, how, platform, by_head=True)
+    assert upstream.asked(cold) == cold
 
-    upstream.forget()
     ctr_pulls(pullcache.url, name, image, platform, room, unpack=False)
-    assert not upstream.blobs()
+    upstream.stop()  # then its log is complete
+    wanted = cold + warm_requests(how)
+    assert upstream.asked(wanted) == wanted
 
-    upstream.stop()
     for known in known_without_upstream(how):
         ctr_pulls(pullcache.url, reference(image, known), image, platform, room, unpack=False)
-    assert not upstream.blobs()
 
 
 @needs_ctr
