@@ -23,8 +23,9 @@ COPY --from=build /opt/pullcache /opt/pullcache
 USER 65532:65532
 ENV PATH=/opt/pullcache/bin:$PATH PYTHONDONTWRITEBYTECODE=1 XDG_CACHE_HOME=/var/lib
 VOLUME /var/lib/pullcache
+# 5001 (admin) answers within the container alone, unless a configuration opens it, which takes a token or a client CA.
 EXPOSE 5000 5001
 # Without a shell and without curl. It asks 127.0.0.1:5001: where 'admin' is another port, run it with --health-cmd.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 CMD ["pullcache", "health"]
 ENTRYPOINT ["pullcache"]
-CMD ["serve", "--listen", ":5000", "--admin", ":5001"]
+CMD ["serve", "--listen", ":5000"]

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from proxy.credentials.credential import Asker
 from proxy.names import Digest, Repository
-from proxy.storage.base import Content
+from proxy.storage.base import Content, Origin
 
 Decision = Literal["hit", "revalidated", "miss", "follow", "head", "pass", "stale"]
 """hit: held, nobody asked; revalidated: held, upstream said it still is so; miss: fetched; follow: somebody else was
@@ -16,18 +17,31 @@ fetching it; head: upstream told of it; pass: fetched, and not kept; stale: held
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a client wants something from, and the proxies that its request came through."""
+    """What a client wants something of, and in whose name it is asked for."""
 
     upstream: str
+    key: str
+    """What the cache knows the upstream by."""
     repository: Repository
-    via: str = ""
+    asker: Asker
+
+    @property
+    def origin(self) -> Origin:
+        """What content is that comes from there."""
+        return Origin(self.key, self.repository, self.asker.identity.proof, self.upstream)
+
+    @property
+    def is_public(self) -> bool:
+        """Whether anybody may have what is there."""
+        return self.asker.identity.proof == "anonymous"
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What a client is told. ``content`` is None where only its headers are known; whoever gets it closes it.
 
-    ``changes``: another answer may be right tomorrow. ``headers``: those of this kind of answer only.
+    ``changes``: another answer may be right tomorrow. ``is_private``: it is for who asked, and nobody else. ``headers``:
+    those of this kind of answer only.
     """
 
     digest: Digest
@@ -36,6 +50,7 @@ class Answer:
     decision: Decision
     content: Content | None
     changes: bool = False
+    is_private: bool = False
     warning: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 

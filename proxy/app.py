@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import re
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-from proxy.config import Config
+from proxy.access.attempts import Attempts
+from proxy.access.gate import Gate
+from proxy.access.handles import Handles
+from proxy.access.htpasswd import HtpasswdInvalid, Users, parse_htpasswd
+from proxy.access.proofs import Access
+from proxy.admin import AdminToken, AdminTokenUnusable
+from proxy.certificates import CertificateUnusable, ServerTLS, load
+from proxy.config import AdminListenerConfig, Config, ListenerConfig
+from proxy.configfile import ConfigError
+from proxy.credentials.credential import Credential
+from proxy.credentials.helpers import CredentialHelpers
+from proxy.credentials.providers import Provider, ProviderConfigInvalid, Providers, parse_provider_config
+from proxy.credentials.secrets import PullSecrets
 from proxy.discovery import Discovery
 from proxy.edge import Edge, Route
+from proxy.explain import Explain
 from proxy.fetch import Fetcher
 from proxy.handlers import Handlers
 from proxy.listener import Listener
 from proxy.metrics import Metrics
 from proxy.policy import Routes
 from proxy.pull import Pull
+from proxy.rules import Rules
 from proxy.storage.store import Store
 from proxy.threads import Threads
 from proxy.upstream.client import Upstream
+from proxy.upstream.tls import TLSFileUnusable
+from proxy.watch import Watch, when_changed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +50,11 @@ class Cache:
 
     listener: Listener
     metrics: Metrics
+    reload: Callable[[], None]
+    explain: Explain
+    tls: ServerTLS | None
+    admin_tls: ServerTLS | None
+    admin_token: AdminToken | None
 
 
 def routes_of(config: Config) -> Routes:
@@ -36,38 +63,181 @@ def routes_of(config: Config) -> Routes:
     return Routes(prefixes, frozenset(upstream.name for upstream in config.upstreams), config.default_name)
 
 
-def endpoints(handlers: Handlers) -> list[Route]:
+_HANDLE_LIFE = 270.0
+_SWEEP_EVERY = 30.0  # seconds; together 5 minutes
+TOKEN_PATH = "/token"  # noqa: S105 - a path
+
+
+def endpoints(handlers: Handlers, *, gives_tokens: bool) -> list[Route]:
     """The paths of the registry API. Raw paths: an encoded character is in no name, so it is in no path (T36)."""
-    return [
-        ("base", re.compile(r"/v2/?"), handlers.base),
-        ("manifest", re.compile(r"/v2/(?P<name>[^%\\]+)/manifests/(?P<reference>[^/%\\]+)"), handlers.manifest),
-        ("blob", re.compile(r"/v2/(?P<name>[^%\\]+)/blobs/(?P<digest>[^/%\\]+)"), handlers.blob),
-        ("tags", re.compile(r"/v2/(?P<name>[^%\\]+)/tags/list"), handlers.tags),
-        ("referrers", re.compile(r"/v2/(?P<name>[^%\\]+)/referrers/(?P<digest>[^/%\\]+)"), handlers.referrers),
-        ("other", re.compile(r"/v2/.*", re.DOTALL), handlers.not_offered),
+    routes = [
+        Route("base", re.compile(r"/v2/?"), handlers.base),
+        Route("manifest", re.compile(r"/v2/(?P<name>[^%\\]+)/manifests/(?P<reference>[^/%\\]+)"), handlers.manifest),
+        Route("blob", re.compile(r"/v2/(?P<name>[^%\\]+)/blobs/(?P<digest>[^/%\\]+)"), handlers.blob),
+        Route("tags", re.compile(r"/v2/(?P<name>[^%\\]+)/tags/list"), handlers.tags),
+        Route("referrers", re.compile(r"/v2/(?P<name>[^%\\]+)/referrers/(?P<digest>[^/%\\]+)"), handlers.referrers),
+        Route("other", re.compile(r"/v2/.*", re.DOTALL), handlers.not_offered),
     ]
+    if gives_tokens:
+        routes.append(Route("token", re.compile(TOKEN_PATH), handlers.token, is_open=True, takes_form=True))
+    return routes
 
 
 @asynccontextmanager
 async def build(config: Config) -> AsyncIterator[Cache]:
     """The whole object graph, taken down in reverse order.
 
-    Raises ``DirectoryUnusable``, ``CatalogTooNew``, or ``TLSFileUnusable``.
+    Raises ``DirectoryUnusable``, ``CatalogTooNew``, ``TLSFileUnusable``, ``CertificateUnusable``, ``HtpasswdInvalid`` or
+    ``ConfigError``.
     """
     metrics = Metrics()
     instance = f"pullcache-{secrets.token_hex(8)}"
+    timer = asyncio.get_running_loop().time
     async with AsyncExitStack() as stack:
         store = Store.open(config.cache.directory, metrics)
         stack.callback(store.close)
         threads = Threads()
         stack.callback(threads.close)  # before the store: what runs in a thread uses it
-        upstreams = {}
+        watch = Watch(config.reread_files_every, metrics)
+        upstreams: dict[str, Upstream] = {}
+
+        def secrets_changed(gone: Collection[Credential]) -> None:
+            access.forget_secret()
+            for upstream in upstreams.values():
+                for credential in gone:
+                    upstream.forget(credential)
+
+        pull_secrets = await pull_secrets_of(config, threads, stack, secrets_changed)
+        access = Access(store, threads, Attempts(timer), pull_secrets.concerns, timer)
+        stack.push_async_callback(access.close)
+        watch.add("pull secrets", pull_secrets.reread)
+        await watch.look()
+        check_access(config, pull_secrets)
         for settings in config.upstreams:
-            upstreams[settings.name] = Upstream(settings, metrics, instance)
-            stack.push_async_callback(upstreams[settings.name].close)
+            upstream = upstreams[settings.name] = Upstream(settings, metrics, instance, pull_secrets.lookup)
+            stack.push_async_callback(upstream.close)
+            if settings.tls_files:
+                reread = when_changed(settings.tls_files, upstream.use_files_again, TLSFileUnusable, threads)
+                watch.add(f"certificates of {settings.name}", reread)
         fetcher = Fetcher(store, threads, metrics, config.cache.max_blob_size)
         stack.push_async_callback(fetcher.close)
-        pull = Pull(upstreams, store, fetcher, threads, metrics)
-        discovery = Discovery(upstreams, store, threads, metrics)
-        handlers = Handlers(pull, discovery, routes_of(config), metrics, instance)
-        yield Cache(Listener(Edge(endpoints(handlers), metrics), metrics), metrics)
+        handles = Handles(timer, _HANDLE_LIFE)
+        gate = _gate_of(config, handles, stack, watch, threads)
+        handlers = Handlers(
+            upstreams,
+            gate,
+            Rules(config.rules),
+            access,
+            store,
+            Pull(upstreams, store, fetcher, threads, metrics),
+            Discovery(upstreams, store, threads, metrics),
+            routes_of(config),
+            metrics,
+            instance,
+        )
+        routes = endpoints(handlers, gives_tokens=config.verifies)
+        edge = Edge(routes, gate, metrics, is_fronted=config.listener.tls_terminated_in_front)
+        for task in (watch.run(), _sweep(handles, upstreams)):
+            stack.push_async_callback(_end, asyncio.create_task(task))
+        tls = _tls_of("listener", config.listener, watch, threads)
+        admin_tls = _tls_of("adminListener", config.admin_listener, watch, threads)
+        explain = Explain(handlers.routes, upstreams, handlers.rules, pull_secrets)
+
+        def reload() -> None:
+            pull_secrets.forget()
+            watch.soon()
+
+        yield Cache(Listener(edge, metrics), metrics, reload, explain, tls, admin_tls, _token_of(config, watch, threads))
+
+
+async def pull_secrets_of(
+    config: Config, threads: Threads, stack: AsyncExitStack, changed: Callable[[Collection[Credential]], None]
+) -> PullSecrets:
+    """The pull secrets that a configuration names, not read yet; raises ``ConfigError``."""
+    timer = asyncio.get_running_loop().time
+    helpers = CredentialHelpers(timer)
+    stack.push_async_callback(helpers.close)
+    directory = Path()
+    plugins: tuple[Provider, ...] = ()
+    if (settings := config.image_credential_provider) is not None:
+        directory = settings.bin_directory
+        try:
+            plugins = parse_provider_config(settings.config_file.read_bytes(), str(settings.config_file))
+        except (OSError, ProviderConfigInvalid) as error:
+            raise ConfigError([f"imageCredentialProvider.configFile: {error}"]) from None
+    providers = Providers(plugins, directory, timer)
+    stack.push_async_callback(providers.close)
+    return PullSecrets(config.image_pull_secrets, helpers, providers, threads, timer, changed)
+
+
+def check_access(config: Config, pull_secrets: PullSecrets) -> None:
+    """Raises ``ConfigError`` where there is a secret for an upstream, and nobody has said whom it serves."""
+    faults = [
+        f"upstreams[{number}].access: there is a pull secret for {upstream.name}; say whom it serves: 'public' (it raises "
+        "the quota only: what upstream does not give to the anonymous is refused), 'verify' (what it does not give to the "
+        "anonymous is given to clients whose own credential it accepts) or 'shared' (everybody who may use the listener "
+        "gets what the secret opens)"
+        for number, upstream in enumerate(config.upstreams)
+        if upstream.access is None and pull_secrets.concerns(upstream)
+    ]
+    if faults:
+        raise ConfigError(faults)
+
+
+def read_htpasswd(path: Path) -> dict[str, bytes]:
+    """The users of the listener; blocks; raises ``HtpasswdInvalid``."""
+    try:
+        return parse_htpasswd(path.read_bytes(), f"listener.htpasswdFile {path}")
+    except OSError as error:
+        raise HtpasswdInvalid(f"listener.htpasswdFile {path}: cannot be read: {error.strerror}") from None
+
+
+def _gate_of(config: Config, handles: Handles, stack: AsyncExitStack, watch: Watch, threads: Threads) -> Gate:
+    timer = asyncio.get_running_loop().time
+    users = None
+    if (path := config.listener.htpasswd_file) is not None:
+        read = partial(read_htpasswd, path)
+        users = Users(read(), timer)
+        stack.callback(users.close)
+        watch.add("htpasswd", when_changed([path], lambda: users.use(read()), HtpasswdInvalid, threads))
+    token_url = f"{config.external_url}{TOKEN_PATH}" if config.verifies else None
+    wrong = Attempts(timer, per_upstream=10_000)  # many who are wrong must not lock out one more
+    return Gate(config.listener.realm, users, config.listener.users, token_url, handles, wrong)
+
+
+def _token_of(config: Config, watch: Watch, threads: Threads) -> AdminToken | None:
+    if (path := config.admin_listener.token_file) is None:
+        return None
+    token = AdminToken(path)
+    watch.add("admin token", when_changed([path], token.reread, AdminTokenUnusable, threads))
+    return token
+
+
+def _tls_of(
+    section: str, settings: ListenerConfig | AdminListenerConfig, watch: Watch, threads: Threads
+) -> ServerTLS | None:
+    if settings.tls_cert_file is None:
+        return None
+    read = partial(load, section, settings.tls_cert_file, settings.tls_key_file, settings.client_ca_file)
+    material = read()
+    if material.warning:
+        log.warning("%s", material.warning)
+    tls = ServerTLS(material)
+    files = (settings.tls_cert_file, settings.tls_key_file, settings.client_ca_file)
+    paths = [path for path in files if path is not None]
+    watch.add(f"{section} certificates", when_changed(paths, lambda: tls.use(read()), CertificateUnusable, threads))
+    return tls
+
+
+async def _sweep(handles: Handles, upstreams: Mapping[str, Upstream]) -> None:
+    """Sees to it that no client's credential outlives its time in memory, whether anybody asks again or not."""
+    while True:
+        await asyncio.sleep(_SWEEP_EVERY)
+        handles.drop_expired()
+        for upstream in upstreams.values():
+            upstream.drop_expired()
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

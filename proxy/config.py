@@ -1,23 +1,18 @@
-"""The configuration: one frozen model, read once, every fault named at once with its key path and a hint.
+"""The configuration: one frozen model of everything that an operator decides.
 
-YAML with camelCase keys. In any text value ``${NAME}`` stands for an environment variable, and a key written with
-``File`` at its end takes its value from that file. Sizes are Kubernetes quantities, times are durations.
+camelCase keys; where Kubernetes has a name for a thing, that name. Sizes are Kubernetes quantities, times are durations.
+What is wrong of one key is found here; how the file is read, and what is wrong between keys, in ``configfile``.
 """
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import os
-import re
-from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-import aiofiles
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
 from proxy.logs import LogFormat, LogLevel
@@ -26,23 +21,18 @@ from proxy.values import (
     Address,
     Duration,
     Endpoint,
+    ExternalURL,
     Listener,
     LocalPath,
     Network,
     PathPrefix,
+    Period,
     ProxyAddress,
     Quantity,
     TokenHost,
     UpstreamName,
+    host_of,
 )
-
-
-class ConfigError(Exception):
-    """The configuration cannot be used. ``faults`` holds one line for each thing that is wrong."""
-
-    def __init__(self, faults: list[str]) -> None:
-        super().__init__("\n".join(faults))
-        self.faults = faults
 
 
 class _Section(BaseModel):
@@ -66,6 +56,30 @@ class Timeouts(_Section):
     )
 
 
+class AccessConfig(_Section):
+    """Who may read what comes from an upstream. A text stands for ``mode`` alone."""
+
+    mode: Literal["public", "verify", "shared"] = "public"
+    public_for: Period = Field(default="24h", description="how long a repository stays proved public")  # type: ignore[assignment]
+    max_age: Period = Field(default="5m", description="how long the registry's yes to a credential holds")  # type: ignore[assignment]
+    stale_for: Period = Field(  # type: ignore[assignment]
+        default="24h", description="how much longer it holds while the registry cannot be asked"
+    )
+    repositories: list[str] = Field(default_factory=list, description="shared: these alone, as globs; others are public")
+    i_understand_this_is_shared: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        return {"mode": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.mode != "shared" and (self.repositories or self.i_understand_this_is_shared):
+            raise ValueError("repositories and iUnderstandThisIsShared belong to mode: shared")
+        return self
+
+
 class UpstreamConfig(_Section):
     """A registry that is cached."""
 
@@ -79,6 +93,7 @@ class UpstreamConfig(_Section):
     insecure_skip_verify: bool = False
     token_hosts: list[TokenHost] = Field(default_factory=list)
     allow_addresses: list[Network] = Field(default_factory=list)
+    access: AccessConfig | None = None
     timeouts: Timeouts = Timeouts()
 
     @model_validator(mode="before")
@@ -99,13 +114,13 @@ class UpstreamConfig(_Section):
         for endpoint in self.endpoints:
             host = urlsplit(endpoint).hostname or ""
             try:
-                address = ipaddress.ip_address(host)
+                meant = [ipaddress.ip_address(each) for each in _addresses_of(host)]
             except ValueError:
                 continue
-            if not address.is_global and not any(address in network for network in self.allow_addresses):
+            if not any(each.is_global or any(each in network for network in self.allow_addresses) for each in meant):
                 raise ValueError(
-                    f"endpoints: {host} is not a public address; if you mean it, list it: allowAddresses: [{address}/"
-                    f"{address.max_prefixlen}]"
+                    f"endpoints: {host} is not a public address; if you mean it, list it: allowAddresses: [{meant[0]}/"
+                    f"{meant[0].max_prefixlen}]"
                 )
         if self.client_key_file and not self.client_cert_file:
             raise ValueError("clientKeyFile: without clientCertFile it is a key to nothing; give both")
@@ -119,9 +134,30 @@ class UpstreamConfig(_Section):
         return self.token_hosts + (token_hosts if endpoint == known else [])
 
     @property
+    def hosts(self) -> list[str]:
+        """What credentials for it are known by: the registry by its name, a mirror by its own host."""
+        return [self.name, *(host_of(endpoint) for endpoint in self.endpoints[:-1])]
+
+    @property
+    def tls_files(self) -> list[Path]:
+        """The certificates and keys that it is spoken to with."""
+        return [path for path in (self.ca_file, self.client_cert_file, self.client_key_file) if path is not None]
+
+    @property
+    def key(self) -> str:
+        """What the cache knows it by: another registry under the same name inherits nothing from the one before."""
+        known, _ = PUBLIC_REGISTRIES.get(self.name, (f"https://{self.name}", []))
+        return self.name if self.endpoints[-1] == known else f"{self.name} {self.endpoints[-1]}"
+
+    @property
     def prefix(self) -> str:
         """The first component of paths that mean this upstream."""
         return self.path_prefix or path_form(self.name)
+
+
+def _addresses_of(host: str) -> tuple[str, ...]:
+    """What a host is known to mean without asking a resolver."""
+    return ("127.0.0.1", "::1") if host.rpartition(".")[2] == "localhost" else (host,)
 
 
 PUBLIC_REGISTRIES: dict[str, tuple[str, list[str]]] = {
@@ -146,7 +182,89 @@ class CacheConfig(_Section):
     """Where content is kept."""
 
     directory: LocalPath = Field(default_factory=_default_directory)
-    max_blob_size: Quantity = Field(default="128Gi", description="larger blobs are refused")  # type: ignore[assignment]
+    max_blob_size: Quantity = Field(default="128Gi", gt=0, description="larger blobs are refused")  # type: ignore[assignment]
+
+
+class PullSecretSource(_Section):
+    """Where credentials for upstreams are: one of ``file``, ``directory``, or ``registry`` with a user and password."""
+
+    file: LocalPath | None = None
+    directory: LocalPath | None = None
+    registry: str | None = Field(default=None, min_length=1)
+    username: str | None = None
+    password_file: LocalPath | None = None
+    repositories: list[str] = Field(default_factory=list, description="used for these alone: globs over registry/repository")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if sum(where is not None for where in (self.file, self.directory, self.registry)) != 1:
+            raise ValueError("one of file, directory and registry is needed")
+        if "@" in (self.registry or ""):
+            raise ValueError("registry: a host, perhaps with port and path; its user is 'username'")
+        if (self.registry is None) != (self.username is None) or (self.registry is None) != (self.password_file is None):
+            raise ValueError("registry, username and passwordFile belong together")
+        return self
+
+
+class CredentialProviderConfig(_Section):
+    """The kubelet's credential provider plugins: what its two flags of that name say."""
+
+    config_file: LocalPath
+    bin_directory: LocalPath
+
+
+class ListenerConfig(_Section):
+    """How clients connect, and who they must be."""
+
+    tls_cert_file: LocalPath | None = None
+    tls_key_file: LocalPath | None = None
+    client_ca_file: LocalPath | None = Field(default=None, alias="clientCAFile")
+    tls_terminated_in_front: bool = False
+    htpasswd_file: LocalPath | None = None
+    realm: str = Field(default="pullcache", pattern=r"^[ !#-\[\]-~]{1,128}$")
+    users: dict[str, list[str]] = Field(
+        default_factory=dict, description="what each may read: globs over registry/repository"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_tls(self.tls_cert_file, self.tls_key_file, self.client_ca_file)
+        if self.users and not self.is_guarded:
+            raise ValueError("users: nobody says who he is; give htpasswdFile, or clientCAFile")
+        return self
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether it knows who its clients are, and turns others away."""
+        return self.htpasswd_file is not None or self.client_ca_file is not None
+
+
+class AdminListenerConfig(_Section):
+    """How operators connect to ``admin``, and how they show that they are."""
+
+    tls_cert_file: LocalPath | None = None
+    tls_key_file: LocalPath | None = None
+    client_ca_file: LocalPath | None = Field(default=None, alias="clientCAFile")
+    token_file: LocalPath | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_tls(self.tls_cert_file, self.tls_key_file, self.client_ca_file)
+        return self
+
+
+def _check_tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> None:
+    if certificate is None and (key is not None or client_ca is not None):
+        raise ValueError("tlsKeyFile and clientCAFile need tlsCertFile beside them")
+
+
+class RuleConfig(_Section):
+    """A rule on what may be pulled at all; the first that matches decides, and what none matches is allowed."""
+
+    name: str = Field(min_length=1, max_length=128)
+    match: str = Field(min_length=1, description="a glob over registry/repository; * matches / too")
+    action: Literal["allow", "deny"]
+    dry_run: bool = False
 
 
 class LogConfig(_Section):
@@ -166,7 +284,19 @@ class Config(_Section):
     upstreams: list[UpstreamConfig] = Field(
         default_factory=lambda: [UpstreamConfig.model_validate({"name": name}) for name in PUBLIC_REGISTRIES], min_length=1
     )
+    listener: ListenerConfig = ListenerConfig()
+    admin_listener: AdminListenerConfig = AdminListenerConfig()
+    external_url: ExternalURL | None = Field(default=None, alias="externalURL")
+    image_pull_secrets: list[PullSecretSource] = Field(default_factory=list)
+    image_credential_provider: CredentialProviderConfig | None = None
+    reread_files_every: Duration = Field(default="5s", description="how often secrets and certificates are looked at")  # type: ignore[assignment]
+    rules: list[RuleConfig] = Field(default_factory=list)
     log: LogConfig = LogConfig()
+
+    @property
+    def verifies(self) -> bool:
+        """Whether the credentials of clients are looked at, for some upstream."""
+        return any(upstream.access is not None and upstream.access.mode == "verify" for upstream in self.upstreams)
 
     @property
     def default_name(self) -> str | None:
@@ -174,143 +304,3 @@ class Config(_Section):
         if self.default_upstream is not None:
             return canonical_host(self.default_upstream)
         return DOCKER_HUB if any(upstream.name == DOCKER_HUB for upstream in self.upstreams) else None
-
-
-def _models(model: type[BaseModel] = Config) -> Iterator[type[BaseModel]]:
-    yield model
-    for field in model.model_fields.values():
-        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                yield from _models(part)
-
-
-def keys() -> set[str]:
-    """Every key of the configuration, as it is written."""
-    return {field.alias or name for model in _models() for name, field in model.model_fields.items()}
-
-
-async def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The configuration in the file ``path``, with ``overrides`` over it; raises ``ConfigError`` with every fault found."""
-    try:
-        async with aiofiles.open(path, encoding="utf-8") as file:
-            text = await file.read()
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"{path}: cannot be read: {error}"]) from error
-    faults: list[str] = []
-    try:
-        raw = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-        expanded = await _expand({} if raw is None else raw, "", faults)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError([f"{path}: not YAML: {' '.join(str(error).split())}"]) from error
-    except RecursionError as error:
-        raise ConfigError([f"{path}: nested too deep, or within itself"]) from error
-    return validate(_merge(expanded, overrides or {}), faults)
-
-
-def validate(raw: object, faults: list[str] | None = None) -> Config:
-    """The configuration that ``raw`` (parsed YAML) holds; ``faults`` are those found before."""
-    faults = [*(faults or []), *_clashes(raw)]
-    try:
-        config = Config.model_validate(raw)
-    except ValidationError as error:
-        faults += [_explain(item) for item in error.errors(include_url=False, include_context=False, include_input=False)]
-    if faults:
-        raise ConfigError(faults)
-    return config
-
-
-def _clashes(raw: object) -> list[str]:
-    """What is wrong between keys; looked for before each key is known to be right, so that no fault hides another."""
-    given = raw if isinstance(raw, dict) else {}
-    faults: list[str] = []
-    listed = given.get("upstreams", [{"name": name} for name in PUBLIC_REGISTRIES])
-    owner: dict[str, str] = {}
-    for upstream in listed if isinstance(listed, list) else []:
-        if not isinstance(upstream, dict) or not isinstance(name := upstream.get("name"), str):
-            continue
-        name = canonical_host(name)
-        for form in {name, str(upstream.get("pathPrefix") or path_form(name))}:
-            if form in owner:
-                faults.append(f"upstreams: '{form}' means both {owner[form]} and {name}; change name or pathPrefix")
-            owner[form] = name
-    names = list(dict.fromkeys(owner.values()))
-    default = given.get("defaultUpstream")
-    if isinstance(default, str) and canonical_host(default) not in names:
-        faults.append(f"defaultUpstream: '{default}' is not among the upstreams ({', '.join(names)})")
-    admin = given.get("admin", "127.0.0.1:5001")
-    if given.get("listen", "127.0.0.1:5000") == admin and not str(admin).endswith(":0"):
-        faults.append("admin: the same address as listen; give it a port of its own")
-    return faults
-
-
-def _merge(under: object, over: Mapping[str, Any]) -> object:
-    """``under`` with the keys of ``over``, level by level; what is not a mapping is left for validation to refuse."""
-    if not isinstance(under, dict):
-        return under
-    merged = dict(under)
-    for key, value in over.items():
-        merged[key] = _merge(under.get(key, {}), value) if isinstance(value, Mapping) else value
-    return merged
-
-
-def _explain(item: Any) -> str:
-    where = ""
-    for part in item["loc"]:
-        where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(item["loc"][-1]), keys(), n=1)
-        message = "unknown key" + (f"; did you mean '{near[0]}'?" if near else "")
-    return f"{where}: {message}" if where else message
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice: YAML would keep the last one without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node)
-            if not isinstance(key, Hashable):
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: a key must be a text")
-            if key in seen:
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key '{key}' stands twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-
-
-async def _expand(value: object, where: str, faults: list[str]) -> object:
-    """``value`` with ``${NAME}`` and ``...File`` replaced by what they stand for."""
-    if isinstance(value, list):
-        return [await _expand(item, f"{where}[{index}]", faults) for index, item in enumerate(value)]
-    if isinstance(value, dict):
-        known = keys()
-        result: dict[object, object] = {}
-        for key, item in value.items():
-            path = f"{where}.{key}" if where else str(key)
-            item = await _expand(item, path, faults)
-            if isinstance(key, str) and key.endswith("File") and key not in known and key[:-4] in known:
-                if key[:-4] in value:
-                    faults.append(f"{path}: stands beside '{key[:-4]}'; keep one of them")
-                    continue
-                key, item = key[:-4], await _read(item, path, faults)
-            result[key] = item
-        return result
-    if isinstance(value, str):
-        for name in _VARIABLE.findall(value):
-            if name not in os.environ:
-                faults.append(f"{where}: the environment variable {name} is not set")
-        return _VARIABLE.sub(lambda match: os.environ.get(match[1], ""), value)
-    return value
-
-
-async def _read(path: object, where: str, faults: list[str]) -> object:
-    try:
-        async with aiofiles.open(str(path), encoding="utf-8") as file:
-            return (await file.read()).rstrip("\r\n")
-    except (OSError, ValueError) as error:
-        faults.append(f"{where}: cannot be read: {error}")
-        return None

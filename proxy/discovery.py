@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from proxy.answers import Answer, Decision, Target
+from proxy.credentials.credential import Identity
 from proxy.errors import ManifestUnknown, UpstreamBroken, UpstreamFailing, UpstreamUnavailable
 from proxy.listings import (
     ListInvalid,
@@ -46,7 +47,7 @@ _PATIENCE = 20.0  # seconds for all pages; runtimes wait 30 s for headers
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Named:
     """How a client names a repository: what it is answered has the same form."""
 
     name: str
@@ -66,10 +67,12 @@ class Discovery:
         self._store = store
         self._threads = threads
         self._metrics = metrics
-        self._tags: Once[tuple[str, Repository, ListQuery], tuple[list[Tag], ListQuery | None]] = Once(_JOIN_WITHIN)
-        self._referrers: Once[tuple[str, Repository, Digest], bytes] = Once(_JOIN_WITHIN)
+        self._tags: Once[tuple[str, Repository, ListQuery, Identity], tuple[list[Tag], ListQuery | None]] = Once(
+            _JOIN_WITHIN
+        )
+        self._referrers: Once[tuple[str, Repository, Digest, Identity], bytes] = Once(_JOIN_WITHIN)
 
-    async def tags(self, target: Target, asked: Asked, query: ListQuery) -> Answer:
+    async def tags(self, target: Target, named: Named, query: ListQuery) -> Answer:
         """A page of a repository's tags (end-8); raises ``RegistryError``."""
         upstream = self._upstreams[target.upstream]
         wanted = query.limited(1) if query.n == 0 else query  # whether there is such a repository is still to be asked
@@ -81,12 +84,12 @@ class Discovery:
                 raise UpstreamBroken(f"{target.upstream} sent no usable list of tags: {error}") from error
 
         async def ask() -> tuple[list[Tag], ListQuery | None]:
-            return await upstream.list_tags(target.repository, wanted, target.via, verify)
+            return await upstream.list_tags(target.repository, wanted, target.asker, verify)
 
-        found, following = await self._tags.run((target.upstream, target.repository, wanted), ask)
+        found, following = await self._tags.run((target.upstream, target.repository, wanted, target.asker.identity), ask)
         tags, more = page_of(found, query, following)
-        headers = {"Link": asked.link(more)} if more else {}
-        return _answer(tags_document(asked.name, tags), "application/json", "pass", headers)
+        headers = {"Link": named.link(more)} if more else {}
+        return _answer(tags_document(named.name, tags), "application/json", "pass", headers)
 
     async def referrers(self, target: Target, subject: Digest, artifact_type: str | None) -> Answer:
         """What refers to a manifest (end-12), as one page; raises ``RegistryError``."""
@@ -98,8 +101,8 @@ class Discovery:
         return replace(_answer(body, OCI_INDEX, decision, headers), warning=warning)
 
     async def _list_of_referrers(self, target: Target, subject: Digest) -> tuple[bytes, Decision, str | None]:
-        key = (target.upstream, target.repository, subject)
-        known = await self._kept(*key)
+        key = (target.upstream, target.repository, subject, target.asker.identity)
+        known = await self._kept(target, subject)
         age = time.time() - known.checked if known else 0.0
         if known is not None and 0 <= age < _FRESH:
             return known.body, "hit", None
@@ -112,14 +115,14 @@ class Discovery:
             log.warning("the referrers of %s in %s are served stale: %s", subject, target.repository, failure.message)
             return known.body, "stale", stale_warning(age, failure.message)
 
-    async def _kept(self, upstream: str, repository: Repository, subject: Digest) -> Listed | None:
+    async def _kept(self, target: Target, subject: Digest) -> Listed | None:
         """What was last said; nothing, if it has rotted."""
-        known = self._store.referrers(upstream, repository, subject)
+        known = self._store.referrers(target.key, target.repository, subject, public=target.is_public)
         try:
             if known is not None:
                 await self._threads.run(parse_referrers, known.body, OCI_INDEX)
         except ListInvalid as error:
-            log.warning("the referrers of %s in %s were not kept well: %s", subject, repository, error)
+            log.warning("the referrers of %s in %s were not kept well: %s", subject, target.repository, error)
             return None
         return known
 
@@ -134,7 +137,7 @@ class Discovery:
         except TimeoutError as error:
             raise UpstreamUnavailable(f"{target.upstream} did not list what refers to {subject} in time") from error
         body = await self._threads.run(referrers_document, descriptors)
-        await self._threads.run(self._store.put_referrers, target.upstream, target.repository, subject, body, time.time())
+        await self._threads.run(self._store.put_referrers, target.origin, subject, body, time.time())
         return body
 
     async def _pages(self, target: Target, subject: Digest) -> list[dict[str, Any]]:
@@ -153,7 +156,7 @@ class Discovery:
         for _ in range(_MAX_PAGES):
             try:
                 found, length, following = await upstream.list_referrers(
-                    target.repository, subject, query, target.via, verify
+                    target.repository, subject, query, target.asker, verify
                 )
             except ManifestUnknown as error:
                 if query == ListQuery():
@@ -178,7 +181,7 @@ class Discovery:
         tag = referrers_tag(subject)
         try:
             upstream = self._upstreams[target.upstream]
-            return await upstream.get_manifest(target.repository, tag, OCI_INDEX, target.via, verify, authority_only=True)
+            return await upstream.get_manifest(target.repository, tag, OCI_INDEX, target.asker, verify, authority_only=True)
         except ManifestUnknown:
             return []
 

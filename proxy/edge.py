@@ -9,32 +9,53 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from aiohttp import web
 
+from proxy.access.caller import Caller
+from proxy.access.gate import Gate
+from proxy.certificates import user_of
 from proxy.errors import NameUnknown, RegistryError, RequestInvalid, RequestTooLarge, Unsupported
-from proxy.handlers import DECISION, Handler
+from proxy.handlers import CALLER, DECISION, Handler, authorization_of
 from proxy.logs import printable
 from proxy.metrics import Metrics
-from proxy.send import BODY_BYTES, COMMON_HEADERS, TAKEN, BodyCut, cut
+from proxy.send import BODY_BYTES, COMMON_HEADERS, PRIVATE, TAKEN, BodyCut, cut
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("proxy.access")
 
 _MAX_IGNORED_BODY = 64 * 1024
+_MAX_FORM = 64 * 1024
 _BODY_SECONDS = 10.0
-_PRIVATE = COMMON_HEADERS | {"Cache-Control": "private, no-store", "Vary": "Authorization, Accept"}
 
-Route = tuple[str, re.Pattern[str], Handler]
-"""Kind of content (for the counters), the whole raw path, and who answers."""
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Kind of content (for the counters), the whole raw path, and who answers.
+
+    ``is_open``: who the client is does not matter. ``takes_form``: POST is offered, and its body read.
+    """
+
+    kind: str
+    path: re.Pattern[str]
+    handler: Handler
+    is_open: bool = False
+    takes_form: bool = False
+
+    def methods(self) -> tuple[str, ...]:
+        """What is offered there."""
+        return ("GET", "HEAD", "POST") if self.takes_form else ("GET", "HEAD")
 
 
 class Edge:
-    """Answers every request of the listener that clients use."""
+    """Answers every request of the listener that clients use. ``is_fronted``: what stands in front says who they are."""
 
-    def __init__(self, routes: Sequence[Route], metrics: Metrics) -> None:
+    def __init__(self, routes: Sequence[Route], gate: Gate, metrics: Metrics, *, is_fronted: bool = False) -> None:
         self._routes = routes
+        self._gate = gate
         self._metrics = metrics
+        self._is_fronted = is_fronted
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answers one request. Raises only what ends the connection."""
@@ -45,9 +66,15 @@ class Edge:
         try:
             if "Upgrade" in request.headers:  # it is not done; what aiohttp has read behind it would wait for ever
                 request.protocol.close()
-            await _ignore_body(request)
-            kind, handler, match = self._route(request)
-            response = await handler(request, match)
+            found = self._find(request)
+            if found is not None and found[0].takes_form and request.method == "POST":
+                _check_form(request)
+            else:
+                await _ignore_body(request)
+            route, match = _offered(request, found)
+            kind = route.kind
+            request[CALLER] = await self._caller(request, is_open=route.is_open)
+            response = await route.handler(request, match)
             status = str(response.status)
         except RegistryError as failure:
             status, error = str(failure.status), failure.message
@@ -58,9 +85,11 @@ class Edge:
         except BodyCut as failure:
             status, error = "cut", str(failure)
             raise
-        except (ConnectionError, asyncio.CancelledError):
+        except (ConnectionError, asyncio.CancelledError) as failure:
             if (taken := request.get(TAKEN)) is not None:
                 status = str(taken)
+            elif isinstance(failure, asyncio.CancelledError) and getattr(request.protocol, "is_ended", False):
+                status, error = "cut", "pullcache is stopping"
             else:
                 status, error = "left", "the client has gone"
             raise
@@ -76,21 +105,25 @@ class Edge:
             self._log(request, identity, status, error, time.monotonic() - began)
         return response
 
-    def _route(self, request: web.BaseRequest) -> tuple[str, Handler, re.Match[str]]:
-        if request.method not in ("GET", "HEAD"):
-            raise Unsupported("this registry is a cache: it can be read only", headers={"Allow": "GET, HEAD"})
+    def _find(self, request: web.BaseRequest) -> tuple[Route, re.Match[str]] | None:
         path = request.rel_url.raw_path
-        for kind, pattern, handler in self._routes:
-            if match := pattern.fullmatch(path):
-                return kind, handler, match
-        raise NameUnknown("this is a registry; its API is below /v2/")
+        return next(((route, match) for route in self._routes if (match := route.path.fullmatch(path))), None)
+
+    async def _caller(self, request: web.BaseRequest, *, is_open: bool) -> Caller:
+        address = request.remote or "-"
+        if self._is_fronted:  # the last one is what the front has written; what is before it anybody can write
+            address = request.headers.get("X-Forwarded-For", address).rpartition(",")[2].strip()[:64]
+        if is_open:
+            return Caller(address)
+        certificate = request.transport.get_extra_info("peercert") if request.transport is not None else None
+        return await self._gate.admit(address, authorization_of(request), user_of(certificate))
 
     def _log(self, request: web.BaseRequest, identity: str, status: str, error: str, seconds: float) -> None:
         if not access_log.isEnabledFor(logging.INFO):
             return
         fields: dict[str, object] = {
             "id": identity,
-            "client": request.remote or "-",
+            "client": caller.address if (caller := request.get(CALLER)) else request.remote or "-",
             "method": request.method,
             "path": request.rel_url.raw_path,
             "ns": request.rel_url.query.get("ns", ""),
@@ -103,6 +136,19 @@ class Edge:
         if error:
             fields["error"] = error
         access_log.info("request", extra={"fields": fields})
+
+
+def _offered(request: web.BaseRequest, found: tuple[Route, re.Match[str]] | None) -> tuple[Route, re.Match[str]]:
+    if request.method not in (found[0].methods() if found else ("GET", "HEAD")):
+        raise Unsupported("this registry is a cache: it can be read only", headers={"Allow": "GET, HEAD"})
+    if found is None:
+        raise NameUnknown("this is a registry; its API is below /v2/")
+    return found
+
+
+def _check_form(request: web.BaseRequest) -> None:
+    if request.content_length is None or request.content_length > _MAX_FORM:
+        raise RequestTooLarge(f"a form of at most {_MAX_FORM} bytes is taken, with its length")
 
 
 async def _ignore_body(request: web.BaseRequest) -> None:
@@ -123,7 +169,10 @@ async def _ignore_body(request: web.BaseRequest) -> None:
 def render(error: RegistryError, identity: str) -> web.Response:
     """The JSON of an error (OCI distribution spec, "Error Codes"); the input is not repeated in it."""
     body = {"errors": [{"code": error.code, "message": printable(error.message, 1024), "detail": {"request": identity}}]}
-    headers = _PRIVATE | {"X-Request-Id": identity} | error.headers
-    return web.Response(
+    headers = COMMON_HEADERS | PRIVATE | {"X-Request-Id": identity} | error.headers
+    response = web.Response(
         status=error.status, body=json.dumps(body).encode(), content_type="application/json", headers=headers
     )
+    for challenge in error.challenges:  # a line each: containerd reads one scheme a line
+        response.headers.add("WWW-Authenticate", challenge)
+    return response

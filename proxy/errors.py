@@ -15,7 +15,7 @@ class RegistryError(Exception):
     """An answer of the registry API other than success.
 
     ``message`` is what a person finally reads in ``kubectl describe pod``: it names the upstream, what it said, and
-    what to do. ``headers`` go into the response as they are.
+    what to do. ``headers`` go into the response as they are, and each of ``challenges`` as a ``WWW-Authenticate``.
     """
 
     code: ClassVar[str] = "UNKNOWN"
@@ -25,6 +25,7 @@ class RegistryError(Exception):
         super().__init__(message)
         self.message = message
         self.headers = headers or {}
+        self.challenges: tuple[str, ...] = ()
 
 
 class NameInvalid(RegistryError):
@@ -61,6 +62,22 @@ class Denied(RegistryError):
     """The registry itself refused the right to read (401 or 403 as a registry error)."""
 
     code, status = "DENIED", 403
+
+
+class CredentialRefused(Denied):
+    """What was shown to prove who asks is not accepted: not only the right is missing."""
+
+
+class Unauthorized(RegistryError):
+    """Who asks has to prove who he is; ``challenges`` say how."""
+
+    code, status = "UNAUTHORIZED", 401
+
+
+class TooManyAttempts(RegistryError):
+    """A client has shown too many wrong credentials of late. That says nothing of any upstream."""
+
+    code, status = "TOOMANYREQUESTS", 429
 
 
 class PaginationNumberInvalid(RegistryError):
@@ -123,6 +140,13 @@ class UpstreamBroken(UpstreamFailing):
 
 class UpstreamRefused(UpstreamBroken):
     """A 4xx that is none of the known ones: no use, but no word on how the upstream is either."""
+
+
+class SecretRefused(UpstreamFailing):
+    """The upstream does not accept a secret of this cache. That is a fault of the operator's, which says nothing of what the
+    clients may read."""
+
+    code, status = "DENIED", 403
 
 
 class TooManyRequests(UpstreamFailing):

@@ -23,8 +23,9 @@ from cachetools import TTLCache
 
 from proxy.errors import CacheFailing, RangeInvalid, RegistryError, UpstreamBroken, UpstreamUnavailable
 from proxy.metrics import Metrics
-from proxy.names import Digest, Repository
+from proxy.names import Digest
 from proxy.spool import Abandoned, Spool, SpoolReader
+from proxy.storage.base import Origin
 from proxy.storage.store import Store
 from proxy.threads import Threads
 
@@ -70,9 +71,6 @@ class Stream(Protocol):
 
 Source = Callable[[int, int], Awaitable[Stream]]
 """Opens the content at an offset, at the endpoint whose turn the number is; raises ``RegistryError``."""
-
-Origin = tuple[str, Repository]
-"""The upstream and repository that a download comes from."""
 
 
 class Mismatch(UpstreamBroken):
@@ -288,7 +286,7 @@ class Fetcher:
         if file is None:
             return False
         try:
-            await self._threads.run(self._store.adopt, file, fill.spool.digest, fill.spool.received, *fill.origin)
+            await self._threads.run(self._store.adopt, file, fill.spool.digest, fill.spool.received, fill.origin)
         except OSError as error:
             log.warning("%s was served but not saved: %s", fill.spool.digest, error)
             return False
@@ -301,7 +299,7 @@ class Fetcher:
             key = fill.spool.digest, fill.origin
             self._failed[key] = str(error)
             self._turns[key] = self._turns.get(key, 0) + 1  # the next download begins at the next endpoint
-            self._metrics.mismatches.labels(fill.origin[0]).inc()
+            self._metrics.mismatches.labels(fill.origin.name).inc()
 
     def _ended(self, fill: Fill) -> None:
         if self._fills.get(fill.spool.digest) is fill:

@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from re import Match
 
 from aiohttp import web
 
+from proxy.access import probes
+from proxy.access.authorization import TokenRequestInvalid
+from proxy.access.caller import Caller
+from proxy.access.gate import Gate
+from proxy.access.proofs import Access, Probe
 from proxy.answers import Answer, Target
-from proxy.discovery import Asked, Discovery
-from proxy.errors import LoopDetected, NameUnknown
+from proxy.credentials.credential import Asker, Identity
+from proxy.discovery import Discovery, Named
+from proxy.errors import Denied, LoopDetected, NameUnknown, Unauthorized
 from proxy.listings import parse_query
 from proxy.logs import printable
 from proxy.metrics import Metrics
-from proxy.names import Digest, parse_digest, parse_reference
+from proxy.names import Digest, Repository, parse_digest, parse_reference
 from proxy.policy import Routes, classify_accept, route
 from proxy.pull import Pull
 from proxy.ranges import Range, parse_range
+from proxy.rules import Rules
 from proxy.send import COMMON_HEADERS, send
+from proxy.storage.store import Store
+from proxy.upstream.client import Upstream
 
 Handler = Callable[[web.BaseRequest, "Match[str]"], Awaitable[web.StreamResponse]]
 
 DECISION = web.RequestKey("decision", str)
 """What was decided about a request, for its log line and the counters."""
 
+CALLER = web.RequestKey("caller", Caller)
+"""Who asks."""
+
+log = logging.getLogger(__name__)
+
 _MAX_VIA = 1024
 _MAX_HOPS = 8
+_NOT_KEPT = {"Cache-Control": "no-store", "Pragma": "no-cache"}
+
+
+def authorization_of(request: web.BaseRequest) -> str | None:
+    """What a request shows; two headers are one that cannot be read."""
+    return ", ".join(shown) if (shown := request.headers.getall("Authorization", [])) else None
 
 
 def range_of(request: web.BaseRequest, digest: Digest) -> Range | None:
@@ -38,9 +59,24 @@ def range_of(request: web.BaseRequest, digest: Digest) -> Range | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request asks of a repository: whose that is, as the client named it, and what proxies it came through."""
+
+    upstream: Upstream
+    repository: Repository
+    name: str
+    via: str
+
+
+@dataclass(frozen=True, slots=True)
 class Handlers:
     """What each endpoint needs; one method an endpoint."""
 
+    upstreams: Mapping[str, Upstream]
+    gate: Gate
+    rules: Rules
+    access: Access
+    store: Store
     pull: Pull
     discovery: Discovery
     routes: Routes
@@ -49,50 +85,100 @@ class Handlers:
 
     async def base(self, request: web.BaseRequest, _: Match[str]) -> web.StreamResponse:
         """end-1: this is a registry."""
+        self.gate.greet(authorization_of(request))
         return web.json_response({}, headers=COMMON_HEADERS)
 
     async def manifest(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """end-3: a manifest, by tag or digest."""
-        target = self._target(request, path["name"])
+        asked = self._asked(request, path["name"])
         reference = parse_reference(path["reference"])
         accept = classify_accept(request.headers.getall("Accept", []))
         ask = self.pull.manifest_head if request.method == "HEAD" else self.pull.manifest
-        return await self._send(request, await ask(target, reference, accept))
+        probe = probes.of_manifest(asked.upstream, asked.repository, reference, asked.via)
+        return await self._answer(request, asked, probe, lambda target: ask(target, reference, accept))
 
     async def blob(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """end-2: a blob."""
-        target = self._target(request, path["name"])
+        asked = self._asked(request, path["name"])
         digest = parse_digest(path["digest"])
+        probe = probes.of_blob(asked.upstream, asked.repository, digest, asked.via, self.store)
         if request.method == "HEAD":
-            return await self._send(request, await self.pull.blob_head(target, digest))
-        asked = range_of(request, digest)
-        start = (asked.first or 0) if asked else 0
-        return await self._send(request, await self.pull.blob(target, digest, start))
+            return await self._answer(request, asked, probe, lambda target: self.pull.blob_head(target, digest))
+        part = range_of(request, digest)
+        start = (part.first or 0) if part else 0
+        return await self._answer(request, asked, probe, lambda target: self.pull.blob(target, digest, start))
 
     async def tags(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """end-8: a page of a repository's tags."""
-        target = self._target(request, path["name"])
+        asked = self._asked(request, path["name"])
         query = parse_query(request.rel_url.raw_query_string)
-        asked = Asked(path["name"], request.rel_url.query.get("ns"))
-        return await self._send(request, await self.discovery.tags(target, asked, query))
+        named = Named(path["name"], request.rel_url.query.get("ns"))
+        probe = probes.of_list(asked.upstream, asked.repository, asked.via)
+        return await self._answer(request, asked, probe, lambda target: self.discovery.tags(target, named, query))
 
     async def referrers(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """end-12: what refers to a manifest."""
-        target = self._target(request, path["name"])
+        asked = self._asked(request, path["name"])
         subject = parse_digest(path["digest"])
         artifact_type = request.rel_url.query.get("artifactType")
-        return await self._send(request, await self.discovery.referrers(target, subject, artifact_type))
+        probe = probes.of_list(asked.upstream, asked.repository, asked.via)
+        return await self._answer(
+            request, asked, probe, lambda target: self.discovery.referrers(target, subject, artifact_type)
+        )
+
+    async def token(self, request: web.BaseRequest, _: Match[str]) -> web.StreamResponse:
+        """A token for the credential that the client shows, or for the anonymous (distribution ``spec/auth``)."""
+        body = await request.read() if request.method == "POST" else b""
+        header = authorization_of(request)
+        try:
+            given = self.gate.token(request[CALLER].address, request.method, request.rel_url.raw_query_string, body, header)
+        except TokenRequestInvalid as error:
+            refusal = {"error": error.error, "error_description": error.description}
+            return web.json_response(refusal, status=400, headers=COMMON_HEADERS | _NOT_KEPT)
+        return web.json_response(given, headers=COMMON_HEADERS | _NOT_KEPT)
 
     async def not_offered(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """Everything else below ``/v2/``, the catalog among it: nobody may list what is cached."""
         raise NameUnknown("this cache has no such endpoint; it serves manifests, blobs, tags/list and referrers")
 
-    def _target(self, request: web.BaseRequest, name: str) -> Target:
+    def _asked(self, request: web.BaseRequest, name: str) -> Asked:
+        """Raises ``RegistryError`` where the name means nothing, or what may not be pulled."""
         via = ", ".join(request.headers.getall("Via", []))
         if self.instance in via or via.count(",") >= _MAX_HOPS:
             raise LoopDetected("the request has come through this cache before; an upstream of it leads back to it")
         routed = route(self.routes, request.rel_url.query.getall("ns", []), name)
-        return Target(routed.upstream, routed.repository, printable(via, _MAX_VIA))
+        image = f"{routed.upstream}/{routed.repository}"
+        self.gate.check_repository(request[CALLER], image)
+        verdict = self.rules.decide(image)
+        if verdict.dry_run_denied is not None:
+            self.metrics.rule_hits.labels(verdict.dry_run_denied, "dryrun").inc()
+            log.info("the rule '%s' would deny %s, were it not on dryRun", verdict.dry_run_denied, image)
+        if not verdict.allowed:
+            self.metrics.rule_hits.labels(verdict.rule, "denied").inc()
+            raise Denied(f"{image} may not be pulled: the rule '{verdict.rule}' of this cache denies it")
+        return Asked(self.upstreams[routed.upstream], routed.repository, name, printable(via, _MAX_VIA))
+
+    async def _answer(
+        self, request: web.BaseRequest, asked: Asked, probe: Probe, ask: Callable[[Target], Awaitable[Answer]]
+    ) -> web.StreamResponse:
+        """Access first, then content. A refusal of the registry ends what its yes had allowed."""
+        caller = request[CALLER]
+        try:
+            identity = await self.access.identity(asked.upstream, asked.repository, caller, probe)
+            answer = await self._content(asked, identity, ask)
+        except Unauthorized as error:
+            raise self.gate.unauthorized(error.message, scope=f"repository:{asked.name}:pull") from None
+        is_private = identity.proof != "anonymous" or caller.user is not None
+        return await self._send(request, replace(answer, is_private=is_private))
+
+    async def _content(self, asked: Asked, identity: Identity, ask: Callable[[Target], Awaitable[Answer]]) -> Answer:
+        try:
+            return await ask(Target(asked.upstream.name, asked.upstream.key, asked.repository, Asker(identity, asked.via)))
+        except Denied as refusal:
+            await self.access.withdraw(asked.upstream, asked.repository, identity, refusal)
+            if identity.proof == "client":
+                raise Unauthorized(refusal.message) from None
+            raise
 
     async def _send(self, request: web.BaseRequest, answer: Answer) -> web.StreamResponse:
         request[DECISION] = answer.decision

@@ -30,11 +30,12 @@ MAX_PER_ADDRESS = 256
 class Connection(RequestHandler):
     """One client connection, with a deadline for each header block and our own page for what is not HTTP."""
 
-    __slots__ = ("_deadline",)
+    __slots__ = ("_deadline", "is_ended")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._deadline: asyncio.TimerHandle | None = None
+        self.is_ended = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -46,6 +47,11 @@ class Connection(RequestHandler):
         super().data_received(data)
         if self._messages or self._current_request is not None:
             self._forget()
+
+    def force_close(self) -> None:
+        """Ends it from our side: where its answer is then cut, it is not the client who has left."""
+        self.is_ended = self.transport is not None and not self.transport.is_closing()
+        super().force_close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._forget()

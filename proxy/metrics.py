@@ -43,6 +43,10 @@ class Metrics:
         self.resting = gauge(
             "endpoint_resting", "1 while an endpoint is asked after the others, since it failed.", "upstream", "endpoint"
         )
+        self.unusable_files = gauge(
+            "unusable_files", "Secrets and certificates that cannot be used as they are now; what was good stays.", "what"
+        )
+        self.rule_hits = counter("rule_hits", "Requests that a rule denied, or would have (dryrun).", "rule", "effect")
         self.insecure = gauge("insecure_upstream", "1 where insecureSkipVerify switches TLS verification off.", "upstream")
 
     def render(self) -> bytes:

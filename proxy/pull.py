@@ -15,7 +15,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 
 from proxy.answers import Answer, Decision, Target
-from proxy.errors import ManifestUnknown, RegistryError, UpstreamBroken, UpstreamFailing
+from proxy.credentials.credential import Identity
+from proxy.errors import Denied, ManifestUnknown, RegistryError, UpstreamBroken, UpstreamFailing
 from proxy.fetch import VERIFIED_FIRST, Fetcher, Mismatch, Stream
 from proxy.manifests import Manifest, ManifestInvalid, parse_manifest
 from proxy.metrics import Metrics
@@ -43,7 +44,7 @@ class _Held:
 
     def answer(self, decision: Decision, *, changes: bool, warning: str | None = None) -> Answer:
         content = InlineContent(self.digest, self.body)
-        return Answer(self.digest, len(self.body), self.media_type, decision, content, changes, warning)
+        return Answer(self.digest, len(self.body), self.media_type, decision, content, changes, warning=warning)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +67,9 @@ class Pull:
         self._fetcher = fetcher
         self._threads = threads
         self._metrics = metrics
-        self._heads: Once[tuple[str, Repository, Tag, str], _Pointed] = Once(_JOIN_WITHIN)
-        self._gets: Once[tuple[str, Repository, Reference, str], _Held] = Once(_JOIN_WITHIN)
-        self._proofs: Once[tuple[str, Repository, Digest], None] = Once()
+        self._heads: Once[tuple[str, Repository, Tag, str, Identity], _Pointed] = Once(_JOIN_WITHIN)
+        self._gets: Once[tuple[str, Repository, Reference, str, Identity], _Held] = Once(_JOIN_WITHIN)
+        self._proofs: Once[tuple[str, Repository, Digest, Identity], None] = Once()
 
     # -- manifests ---------------------------------------------------------------------------------------------------
 
@@ -78,7 +79,7 @@ class Pull:
             if (held := await self._held_manifest(target, reference)) is not None:
                 return held.answer("hit", changes=False)
             return (await self._get(target, reference, accept)).answer("miss", changes=False)
-        known = self._store.tagged(target.upstream, target.repository, reference, accept.key)
+        known = self._store.tagged(target.key, target.repository, reference, accept.key)
         held = self._manifest(known.digest) if known else None
         if known is None or held is None:
             return (await self._get(target, reference, accept)).answer("miss", changes=True)
@@ -92,7 +93,7 @@ class Pull:
                 raise UpstreamBroken(f"{target.upstream} contradicts itself: {error}") from error
             return fresh.answer("miss", changes=True)
         except UpstreamFailing as failure:
-            return held.answer("stale", changes=True, warning=self._stale(target, known, failure))
+            return self._stale(target, known, held, failure)
 
     async def manifest_head(self, target: Target, reference: Reference, accept: Accept) -> Answer:
         """What a GET would bring, without it; asks upstream by HEAD where it must. Raises ``RegistryError``."""
@@ -105,18 +106,18 @@ class Pull:
                 if told is not None and told.algorithm == reference.algorithm and told != reference:
                     raise self._mismatch(target, f"answered {told} when asked for {reference}")
 
-            head = await upstream.head_manifest(target.repository, reference, accept.sent, target.via, verify)
+            head = await upstream.head_manifest(target.repository, reference, accept.sent, target.asker, verify)
             if not head.is_told:
                 return (await self._get(target, reference, accept)).answer("miss", changes=False)
             return Answer(reference, head.size, head.media_type, "head", None)
-        known = self._store.tagged(target.upstream, target.repository, reference, accept.key)
+        known = self._store.tagged(target.key, target.repository, reference, accept.key)
         held = self._manifest(known.digest) if known else None
         try:
             pointed = await self._ask_tag(target, reference, accept)
         except UpstreamFailing as failure:
             if known is None or held is None:
                 raise
-            return held.answer("stale", changes=True, warning=self._stale(target, known, failure))
+            return self._stale(target, known, held, failure)
         if held is not None and pointed.digest == held.digest:
             return held.answer("revalidated", changes=True)
         return Answer(pointed.digest, pointed.size, pointed.media_type, "head", None, changes=True)
@@ -128,7 +129,7 @@ class Pull:
     async def _held_manifest(self, target: Target, digest: Digest) -> _Held | None:
         """A held manifest that this repository may be served; asks upstream where that was not proved."""
         held = self._manifest(digest)
-        if held is not None and not self._store.is_linked(target.upstream, target.repository, digest):
+        if held is not None and not self._is_linked(target, digest):
             media_type = held.media_type  # "*/*" would not do: docker-registry 2.8 then knows no OCI image
             upstream = self._upstreams[target.upstream]
 
@@ -137,9 +138,9 @@ class Pull:
                     raise self._mismatch(target, f"sent another manifest than {digest}")
 
             async def head() -> None:
-                told = await upstream.head_manifest(target.repository, digest, media_type, target.via)
+                told = await upstream.head_manifest(target.repository, digest, media_type, target.asker)
                 if not told.is_told or told.digest != digest:  # 405, a login page, no word of which: only bytes tell
-                    await upstream.get_manifest(target.repository, digest, media_type, target.via, verify)
+                    await upstream.get_manifest(target.repository, digest, media_type, target.asker, verify)
 
             await self._prove(target, digest, head)
         return held
@@ -150,9 +151,9 @@ class Pull:
 
         async def ask() -> _Pointed:
             try:
-                head = await upstream.head_manifest(target.repository, tag, accept.sent, target.via)
+                head = await upstream.head_manifest(target.repository, tag, accept.sent, target.asker)
             except ManifestUnknown:
-                await self._threads.run(self._store.forget_tag, target.upstream, target.repository, tag, accept.key)
+                await self._threads.run(self._store.forget_tag, target.key, target.repository, tag, accept.key)
                 raise
             if head.digest is None or head.size is None or not head.is_told:
                 held = await self._get(target, tag, accept)
@@ -162,7 +163,7 @@ class Pull:
                 await self._link(target, head.digest)  # so the upstream has just said
             return _Pointed(head.digest, head.size, head.media_type)
 
-        return await self._heads.run((target.upstream, target.repository, tag, accept.key), ask)
+        return await self._heads.run((target.upstream, target.repository, tag, accept.key, target.asker.identity), ask)
 
     async def _get(self, target: Target, reference: Reference, accept: Accept) -> _Held:
         """One GET for all who wait: verified, saved with its link, and the tag remembered."""
@@ -185,23 +186,27 @@ class Pull:
 
         async def get() -> _Held:
             digest, body, manifest = await upstream.get_manifest(
-                target.repository, reference, accept.sent, target.via, verify
+                target.repository, reference, accept.sent, target.asker, verify
             )
-            await self._threads.run(self._store.put_manifest, target.upstream, target.repository, digest, body, manifest)
+            await self._threads.run(self._store.put_manifest, target.origin, digest, body, manifest)
             if not isinstance(reference, Digest):
                 await self._set_tag(target, reference, accept, digest)
             return _Held(digest, body, manifest.media_type)
 
-        return await self._gets.run((target.upstream, target.repository, reference, accept.key), get)
+        key = (target.upstream, target.repository, reference, accept.key, target.asker.identity)
+        return await self._gets.run(key, get)
 
     async def _set_tag(self, target: Target, tag: Tag, accept: Accept, digest: Digest) -> None:
         now = time.time()
-        await self._threads.run(self._store.set_tag, target.upstream, target.repository, tag, accept.key, digest, now)
+        await self._threads.run(self._store.set_tag, target.key, target.repository, tag, accept.key, digest, now)
 
-    def _stale(self, target: Target, known: Tagged, failure: UpstreamFailing) -> str:
+    def _stale(self, target: Target, known: Tagged, held: _Held, failure: UpstreamFailing) -> Answer:
+        """What a tag pointed at when its upstream was last heard, if that is this client's to read; raises ``failure``."""
+        if not self._is_linked(target, held.digest):
+            raise failure
         self._metrics.stale.labels(target.upstream).inc()
         log.warning("a tag of %s is served stale: %s", target.repository, failure.message)
-        return stale_warning(time.time() - known.checked, failure.message)
+        return held.answer("stale", changes=True, warning=stale_warning(time.time() - known.checked, failure.message))
 
     def _mismatch(self, target: Target, text: str) -> UpstreamBroken:
         self._metrics.mismatches.labels(target.upstream).inc()
@@ -215,7 +220,7 @@ class Pull:
         ``own``: another repository's download of it has just failed; this one's own is begun. ``mismatches``: so many
         endpoints have just sent something else, of which the client has seen nothing yet.
         """
-        origin = (target.upstream, target.repository)
+        origin = target.origin
         await self._may_read(target, digest)
         # From here to join there is no await: what ends being in flight is held before it leaves the table.
         if (stored := self._store.open_blob(digest)) is not None:
@@ -223,7 +228,7 @@ class Pull:
         upstream = self._upstreams[target.upstream]
 
         async def source(offset: int, attempt: int) -> Stream:
-            return await upstream.open_blob(target.repository, digest, offset, attempt, target.via)
+            return await upstream.open_blob(target.repository, digest, offset, attempt, target.asker)
 
         followed = self._fetcher.origin(digest)
         decision: Decision = "miss" if followed is None else "follow"
@@ -231,7 +236,7 @@ class Pull:
             digest,
             origin,
             source,
-            size=self._store.size_of(*origin, digest),
+            size=self._store.size_of(target.key, target.repository, digest),
             start=start,
             floor=upstream.config.timeouts.progress,
             own=own,
@@ -243,9 +248,10 @@ class Pull:
             reader.close()
             if isinstance(error, Mismatch) and mismatches + 1 < upstream.endpoints:
                 return await self.blob(target, digest, start, own=own, mismatches=mismatches + 1)  # the next one's turn
-            if own or followed in (None, origin):
+            is_anothers = followed != origin or isinstance(error, Denied)  # a refusal concerns him who was refused
+            if own or followed is None or not is_anothers:
                 raise
-            return await self.blob(target, digest, start, own=True)  # another repository's failure is not this one's
+            return await self.blob(target, digest, start, own=True)
         except BaseException:
             reader.close()
             raise
@@ -256,18 +262,24 @@ class Pull:
         await self._may_read(target, digest)
         if (stored := self._store.open_blob(digest)) is not None:
             return Answer(digest, stored.size, BLOB_TYPE, "hit", stored)
-        size = self._store.size_of(target.upstream, target.repository, digest)
-        if size is not None and self._store.is_linked(target.upstream, target.repository, digest):
+        size = self._store.size_of(target.key, target.repository, digest)
+        if size is not None and self._is_named(target, digest):
             return Answer(digest, size, BLOB_TYPE, "hit", None)
-        size = await self._upstreams[target.upstream].head_blob(target.repository, digest, target.via)
+        size = await self._upstreams[target.upstream].head_blob(target.repository, digest, target.asker)
         return Answer(digest, size, BLOB_TYPE, "head", None)
 
     async def _may_read(self, target: Target, digest: Digest) -> None:
         """Proves the link of what is held or in flight, by one HEAD. What is neither is proved by the GET that brings it."""
-        if self._store.is_linked(target.upstream, target.repository, digest):
+        if self._is_linked(target, digest):
             return
         in_flight = self._fetcher.origin(digest)
-        if in_flight == (target.upstream, target.repository) or (in_flight is None and not self._store.has(digest)):
+        if in_flight is None and not self._store.has(digest):
+            return
+        if in_flight is not None and (in_flight.upstream, in_flight.repository) == (target.key, target.repository):
+            return
+        # Who can write a manifest can name what he cannot read: it proves what anybody may have, and no more.
+        is_public = self._store.is_public(digest) or (in_flight is not None and in_flight.proof == "anonymous")
+        if is_public and self._is_named(target, digest):
             return
         upstream = self._upstreams[target.upstream]
 
@@ -277,7 +289,7 @@ class Pull:
                 raise self._mismatch(target, f"says that {digest} has {told} bytes, and it has {held}")
 
         async def head() -> None:
-            await upstream.head_blob(target.repository, digest, target.via, verify)
+            await upstream.head_blob(target.repository, digest, target.asker, verify)
 
         await self._prove(target, digest, head)
 
@@ -288,8 +300,14 @@ class Pull:
             await head()
             await self._link(target, digest)
 
-        await self._proofs.run((target.upstream, target.repository, digest), ask)
+        await self._proofs.run((target.upstream, target.repository, digest, target.asker.identity), ask)
 
     async def _link(self, target: Target, digest: Digest) -> None:
-        if not self._store.is_linked(target.upstream, target.repository, digest):
-            await self._threads.run(self._store.link, target.upstream, target.repository, digest)
+        if not self._is_linked(target, digest):
+            await self._threads.run(self._store.link, target.origin, digest)
+
+    def _is_linked(self, target: Target, digest: Digest) -> bool:
+        return self._store.is_linked(target.key, target.repository, digest, public=target.is_public)
+
+    def _is_named(self, target: Target, digest: Digest) -> bool:
+        return self._store.is_named(target.key, target.repository, digest, public=target.is_public)

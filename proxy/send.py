@@ -51,6 +51,10 @@ COMMON_HEADERS = {
 """On every response."""
 
 
+PRIVATE = {"Cache-Control": "private, no-store", "Vary": "Authorization, Accept"}
+"""On what is for one client only: errors, and whatever was served after a right was checked."""
+
+
 def headers_of(answer: Answer) -> dict[str, str]:
     """The headers that describe an answer, whatever part of it is sent."""
     headers = COMMON_HEADERS | {
@@ -61,7 +65,9 @@ def headers_of(answer: Answer) -> dict[str, str]:
         "Accept-Ranges": "bytes",
         "Cache-Status": f"pullcache; {_CACHE_STATUS[answer.decision]}",
     }
-    if answer.changes:
+    if answer.is_private:
+        headers |= PRIVATE
+    elif answer.changes:
         headers |= {"Cache-Control": "no-cache", "Vary": "Accept"}
     else:
         headers["Cache-Control"] = "public, max-age=31536000, immutable"

@@ -1,4 +1,4 @@
-"""Sockets and signals: listens, says so, and on SIGTERM or SIGINT lets running answers finish."""
+"""Sockets and signals: listens, says so, looks at changed files on SIGHUP, lets running answers finish on SIGTERM."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from aiohttp import http_parser, http_writer, web
 
 from proxy import admin, app
+from proxy.certificates import ServerTLS
 from proxy.config import Config
 from proxy.values import Address
 
@@ -40,24 +41,27 @@ async def serve(config: Config, announce: Callable[[Config], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with app.build(config) as cache:
-        admin_runner = web.ServerRunner(admin.listener(cache.metrics, lambda: not stop.is_set()), shutdown_timeout=1)
+        loop.add_signal_handler(signal.SIGHUP, cache.reload)
+        admin_runner = web.ServerRunner(
+            admin.listener(cache.metrics, lambda: not stop.is_set(), cache.explain, cache.admin_token), shutdown_timeout=1
+        )
         runner = web.ServerRunner(
             cache.listener, shutdown_timeout=GRACE_SECONDS / 2
         )  # spent twice: on the answer, then on its connection
         try:
-            await _listen(admin_runner, config.admin, "admin")
-            await _listen(runner, config.listen, "listen")
+            await _listen(admin_runner, config.admin, "admin", cache.admin_tls)
+            await _listen(runner, config.listen, "listen", cache.tls)
             announce(config)
             await stop.wait()
-            log.info("stopping: answers that are running may finish")
+            log.info("stopping: answers that are running have %g s to finish", GRACE_SECONDS)
         finally:
             await runner.cleanup()
             await admin_runner.cleanup()
 
 
-async def _listen(runner: web.BaseRunner, address: Address, key: str) -> None:
+async def _listen(runner: web.BaseRunner, address: Address, key: str, tls: ServerTLS | None) -> None:
     await runner.setup()
     try:
-        await web.TCPSite(runner, address.host or None, address.port).start()
+        await web.TCPSite(runner, address.host or None, address.port, ssl_context=tls.context if tls else None).start()
     except OSError as error:
         raise CannotStart(f"{key}: {address} cannot be listened on: {error.strerror}; choose another address") from error

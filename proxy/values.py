@@ -59,6 +59,12 @@ class Address:
         except ValueError:
             return False
 
+    def overlaps(self, other: Address) -> bool:
+        """Whether both cannot be listened on: one port, and one host or every host."""
+        every = ("", "0.0.0.0", "::")  # noqa: S104 - told apart, not bound
+        hosts = (self.host, other.host)
+        return self.port == other.port != 0 and (self.host == other.host or any(host in every for host in hosts))
+
 
 def parse_address(value: object) -> object:
     """The address of a listener: ``host:port``, ``[ipv6]:port`` or ``:port``."""
@@ -80,8 +86,17 @@ def _endpoint(value: str) -> str:
     if not port_is_valid or url.scheme not in ("http", "https") or not is_host(url.netloc.rpartition("@")[2]):
         raise ValueError("not an endpoint; write for example https://registry-1.docker.io")
     if url.username is not None or url.password is not None or url.query or url.fragment:
-        raise ValueError("an endpoint is scheme, host, port and path only; credentials do not belong into it")
+        raise ValueError("an endpoint is scheme, host, port and path only: no credentials, no query")
+    if url.path.rstrip("/").endswith("/v2"):
+        raise ValueError("leave out /v2, which is added: a path P is asked as /P/v2/NAME")
     return value.rstrip("/")
+
+
+def host_of(endpoint: str) -> str:
+    """The host of an endpoint, with its port where that is not the scheme's own."""
+    url = urlsplit(endpoint)
+    host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname or ""
+    return f"{host}:{url.port}" if url.port not in (None, {"http": 80, "https": 443}[url.scheme]) else host
 
 
 def _proxy_address(value: str) -> str:
@@ -103,7 +118,10 @@ def _proxy_address(value: str) -> str:
 
 def _upstream_name(value: str) -> str:
     if not is_host(value) or not is_host_like(value) or value != value.lower():
-        raise ValueError("not a registry host; write the name as images have it, for example ghcr.io or registry.corp:5000")
+        raise ValueError(
+            "not a registry host; write the name as images have it, in lower case and without _, for example ghcr.io or "
+            "registry.corp:5000"
+        )
     return canonical_host(value)
 
 
@@ -111,6 +129,12 @@ def _token_host(value: str) -> str:
     if not is_host(value):
         raise ValueError("not a host; write for example auth.corp or auth.corp:5001, without a scheme")
     return value.lower()
+
+
+def _not_empty(value: object) -> object:
+    if value == "":  # of which Path makes ".", the working directory
+        raise ValueError("an empty path; is a variable in it empty?")
+    return value
 
 
 def _absolute(value: Path) -> Path:
@@ -131,7 +155,16 @@ def parse_network(value: object) -> object:
         raise ValueError(f"not a network; write for example 10.0.0.0/8 ({error})") from error
 
 
+def _external_url(value: str) -> str:
+    value = _endpoint(value)
+    if urlsplit(value).path:
+        raise ValueError("scheme, host and port only: clients ask a registry at the root of its host")
+    return value
+
+
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, le=3600)]
+Period = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, le=30 * 24 * 3600)]
+ExternalURL = Annotated[str, AfterValidator(_external_url)]
 Quantity = Annotated[int, BeforeValidator(parse_quantity)]
 TokenHost = Annotated[str, AfterValidator(_token_host)]
 Listener = Annotated[Address, BeforeValidator(parse_address)]
@@ -141,4 +174,4 @@ Network = Annotated[AnyNetwork, BeforeValidator(parse_network)]
 ProxyAddress = Annotated[str, AfterValidator(_proxy_address)]
 UpstreamName = Annotated[str, AfterValidator(_upstream_name)]
 PathPrefix = Annotated[str, AfterValidator(_path_prefix)]
-LocalPath = Annotated[Path, AfterValidator(_absolute)]
+LocalPath = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_absolute)]

@@ -31,15 +31,9 @@ def main() -> None:
 def check_config(file: Path) -> None:
     """Checks a configuration FILE and names everything that is wrong with it."""
     config = _load(file)
-    from proxy.upstream.tls import TLSFileUnusable, context_of
+    from proxy.cli.check import faults_of
 
-    faults = []
-    for upstream in config.upstreams:
-        try:
-            context_of(upstream)
-        except TLSFileUnusable as error:
-            faults.append(str(error))
-    if faults:
+    if faults := faults_of(config):
         _refuse(faults)
     count = len(config.upstreams)
     names = ", ".join(upstream.name for upstream in config.upstreams)
@@ -71,10 +65,21 @@ def health(admin: str) -> None:
     sys.exit(run(admin))
 
 
+@main.command()
+@click.argument("image")
+@click.option("--admin", metavar="ADDRESS", default="127.0.0.1:5001", show_default=True, help="Its admin address, or a URL.")
+@click.option("--token-file", type=_FILE, help="Holds what adminListener.tokenFile holds.")
+def explain(image: str, admin: str, token_file: Path | None) -> None:
+    """Says what a running pullcache would do about an IMAGE: upstream, access, rules, and which credential it would show."""
+    from proxy.cli.explain import run
+
+    sys.exit(run(image, admin, token_file))
+
+
 def _load(file: Path | None, overrides: dict[str, object] | None = None) -> Config:
     import asyncio
 
-    from proxy.config import ConfigError, load, validate
+    from proxy.configfile import ConfigError, load, validate
 
     try:
         return asyncio.run(load(file, overrides)) if file else validate(overrides or {})

@@ -8,7 +8,11 @@ import logging
 import click
 
 from proxy import logs
+from proxy.access.htpasswd import HtpasswdInvalid
+from proxy.admin import AdminTokenUnusable
+from proxy.certificates import CertificateUnusable
 from proxy.config import Config
+from proxy.configfile import ConfigError
 from proxy.names import DOCKER_HUB
 from proxy.serve import CannotStart, serve
 from proxy.storage.catalog import CatalogTooNew
@@ -16,13 +20,25 @@ from proxy.storage.layout import DirectoryUnusable
 
 log = logging.getLogger(__name__)
 
+REFUSALS = (
+    CannotStart,
+    ConfigError,
+    DirectoryUnusable,
+    CatalogTooNew,
+    CertificateUnusable,
+    HtpasswdInvalid,
+    AdminTokenUnusable,
+    OSError,
+)
+"""Why a start is refused; each text names what, where, and what to do."""
+
 
 def run(config: Config) -> int:
     """Serves; the exit code."""
     logs.set_up(config.log.format, config.log.level)
     try:
         asyncio.run(serve(config, announce))
-    except (CannotStart, DirectoryUnusable, CatalogTooNew, OSError) as error:
+    except REFUSALS as error:
         click.echo(f"pullcache cannot start: {error}", err=True)
         return 2
     return 0
@@ -30,12 +46,14 @@ def run(config: Config) -> int:
 
 def announce(config: Config) -> None:
     """Says where the cache listens, what is dangerous about it, and how it is used."""
-    if not config.listen.is_loopback:
+    if not config.listen.is_loopback and not config.listener.is_guarded:
         log.warning(
             "listen: %s is reachable from other machines, and everybody who reaches it can pull; a firewall or a network "
             "policy should let only your nodes through",
             config.listen,
         )
+    if not config.admin.is_loopback and config.admin_listener.tls_cert_file is None:
+        log.warning("admin: %s is without TLS; whoever is on the line can read the token of adminListener", config.admin)
     for upstream in config.upstreams:
         if upstream.insecure_skip_verify:
             log.warning("upstream %s: insecureSkipVerify is on; whoever is on the line can pose as it", upstream.name)
@@ -49,9 +67,10 @@ def guide(config: Config) -> str:
     host = config.listen.host
     if host in ("", "0.0.0.0", "::"):  # noqa: S104 - told apart, not bound
         host = "THIS-MACHINE"
-    url = f"http://{f'[{host}]' if ':' in host else host}:{config.listen.port}"
+    scheme = "https" if config.listener.tls_cert_file else "http"
+    url = config.external_url or f"{scheme}://{f'[{host}]' if ':' in host else host}:{config.listen.port}"
     chosen = next((u for u in config.upstreams if u.name == config.default_name), config.upstreams[0])
-    authority = url.removeprefix("http://")
+    authority = url.partition("://")[2]
     lines = [
         f"pullcache serves {', '.join(upstream.name for upstream in config.upstreams)}",
         "",

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from proxy.names import Digest
+from proxy.credentials.credential import Proof
+from proxy.names import Digest, Repository
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where content comes from (``upstream``: what the cache knows it by), and to whom it was given there."""
+
+    upstream: str
+    repository: Repository
+    proof: Proof
+    name: str = field(default="", compare=False)
+    """The upstream's, for people."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,15 @@ import contextlib
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from proxy.credentials.credential import Proof
 from proxy.manifests import Manifest
 from proxy.names import Digest, Repository, Tag, parse_digest
+from proxy.storage.base import Origin
 
 _SCHEMA_1 = """
 CREATE TABLE blobs (
@@ -42,7 +44,12 @@ CREATE TABLE referrers (
   PRIMARY KEY (upstream, repository, subject)
 );
 """
-_STEPS = (_SCHEMA_1, _SCHEMA_2)
+_SCHEMA_3 = """
+ALTER TABLE links ADD COLUMN proof TEXT NOT NULL DEFAULT 'anonymous';  -- whoever asked until now was
+CREATE INDEX links_by_repository ON links (upstream, repository, proof);
+ALTER TABLE referrers ADD COLUMN proof TEXT NOT NULL DEFAULT 'anonymous';
+"""
+_STEPS = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3)
 SCHEMA_VERSION = len(_STEPS)
 _MAX_LISTS = 4096
 
@@ -128,13 +135,43 @@ class Catalog:
         ).fetchall()
         return int(rows[0][0]) if len(rows) == 1 else None
 
-    def is_linked(self, upstream: str, repository: Repository, digest: Digest) -> bool:
-        """Whether it was proved that ``digest`` is in that repository: by itself, or by a manifest that names it."""
+    def is_linked(self, upstream: str, repository: Repository, digest: Digest, *, public: bool) -> bool:
+        """Whether it was proved that ``digest`` is in that repository; ``public``: to the anonymous."""
         row = self._reader.execute(
-            "SELECT 1 FROM links WHERE digest = ?1 AND upstream = ?2 AND repository = ?3 UNION ALL "
-            "SELECT 1 FROM children JOIN links ON links.digest = children.parent "
-            "WHERE children.digest = ?1 AND upstream = ?2 AND repository = ?3 LIMIT 1",
-            (str(digest), upstream, repository),
+            "SELECT 1 FROM links WHERE digest = ? AND upstream = ? AND repository = ? AND (proof = 'anonymous' OR NOT ?)",
+            (str(digest), upstream, repository, public),
+        ).fetchone()
+        return row is not None
+
+    def is_named(self, upstream: str, repository: Repository, digest: Digest, *, public: bool) -> bool:
+        """Whether a manifest that is linked to that repository names ``digest``; ``public``: for the anonymous."""
+        row = self._reader.execute(
+            "SELECT 1 FROM children JOIN links ON links.digest = children.parent WHERE children.digest = ? "
+            "AND upstream = ? AND repository = ? AND (proof = 'anonymous' OR NOT ?) LIMIT 1",
+            (str(digest), upstream, repository, public),
+        ).fetchone()
+        return row is not None
+
+    def is_public(self, digest: Digest) -> bool:
+        """Whether some registry has given ``digest`` to the anonymous."""
+        row = self._reader.execute(
+            "SELECT 1 FROM links WHERE digest = ? AND proof = 'anonymous' LIMIT 1", (str(digest),)
+        ).fetchone()
+        return row is not None
+
+    def linked(self, upstream: str, repository: Repository, proof: Proof) -> list[Digest]:
+        """What was given from that repository by that proof."""
+        rows = self._reader.execute(
+            "SELECT digest FROM links WHERE upstream = ? AND repository = ? AND proof = ?", (upstream, repository, proof)
+        )
+        return [parse_digest(row[0]) for row in rows]
+
+    def was_given(self, upstream: str, repository: Repository, proof: Proof) -> bool:
+        """Whether anything was given from that repository by that proof."""
+        row = self._reader.execute(
+            "SELECT 1 FROM links WHERE upstream = ?1 AND repository = ?2 AND proof = ?3 UNION ALL "
+            "SELECT 1 FROM referrers WHERE upstream = ?1 AND repository = ?2 AND proof = ?3 LIMIT 1",
+            (upstream, repository, proof),
         ).fetchone()
         return row is not None
 
@@ -159,17 +196,20 @@ class Catalog:
         )
         return [parse_digest(row[0]) for row in rows]
 
-    def referrers(self, upstream: str, repository: Repository, subject: Digest) -> Listed | None:
-        """What refers to a manifest, as it was last said."""
+    def referrers(self, upstream: str, repository: Repository, subject: Digest, *, public: bool) -> Listed | None:
+        """What refers to a manifest, as it was last said; ``public``: to the anonymous."""
         row = self._reader.execute(
-            "SELECT body, checked FROM referrers WHERE upstream = ? AND repository = ? AND subject = ?",
-            (upstream, repository, str(subject)),
+            "SELECT body, checked FROM referrers WHERE upstream = ? AND repository = ? AND subject = ? "
+            "AND (proof = 'anonymous' OR NOT ?)",
+            (upstream, repository, str(subject), public),
         ).fetchone()
         return Listed(row[0], row[1]) if row else None
 
-    def provenance(self, digest: Digest) -> tuple[list[tuple[str, str]], list[tuple[str, str, str, str, float]]]:
-        """Links (upstream, repository) and tags (upstream, repository, tag, accept, checked) of a manifest."""
-        links = self._reader.execute("SELECT upstream, repository FROM links WHERE digest = ?", (str(digest),)).fetchall()
+    def provenance(self, digest: Digest) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str, str, float]]]:
+        """Links (upstream, repository, proof) and tags (upstream, repository, tag, accept, checked) of a manifest."""
+        links = self._reader.execute(
+            "SELECT upstream, repository, proof FROM links WHERE digest = ?", (str(digest),)
+        ).fetchall()
         tags = self._reader.execute(
             "SELECT upstream, repository, tag, accept, checked FROM tags WHERE digest = ?", (str(digest),)
         ).fetchall()
@@ -199,10 +239,44 @@ class Catalog:
         """Content is held no more. What named it, and what it named, stays proved."""
         return self._submit(lambda connection: connection.execute("DELETE FROM blobs WHERE digest = ?", (str(digest),)))
 
-    def link(self, upstream: str, repository: Repository, digest: Digest) -> Future[None]:
-        """It was proved that ``digest`` is in that repository."""
-        row = (str(digest), upstream, repository)
-        return self._submit(lambda connection: connection.execute("INSERT OR IGNORE INTO links VALUES (?, ?, ?)", row))
+    def link(self, origin: Origin, digest: Digest) -> Future[None]:
+        """It was proved that ``digest`` is in that repository. What anybody may have needs no other proof; what a secret of
+        this cache opens, none of a client's."""
+        row = (str(digest), origin.upstream, origin.repository, origin.proof)
+        return self._submit(
+            lambda connection: connection.execute(
+                "INSERT INTO links VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET proof = excluded.proof "
+                "WHERE proof = 'client' OR excluded.proof = 'anonymous'",
+                row,
+            )
+        )
+
+    def withdraw(self, upstream: str, repository: Repository, proof: Proof) -> Future[None]:
+        """What was given from that repository by that proof is not given any more."""
+
+        def write(connection: sqlite3.Connection) -> None:
+            for table in ("links", "referrers"):
+                connection.execute(
+                    f"DELETE FROM {table} WHERE upstream = ? AND repository = ? AND proof = ?",  # noqa: S608 - our own names
+                    (upstream, repository, proof),
+                )
+
+        return self._submit(write)
+
+    def share(self, digests: Collection[Digest]) -> Future[None]:
+        """Of content whose links are lost: what only public manifests name was public, and is so again."""
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.executemany(
+                "INSERT OR IGNORE INTO links SELECT ?1, upstream, repository, 'anonymous' FROM children "
+                "JOIN links ON links.digest = parent WHERE children.digest = ?1 "
+                "AND NOT EXISTS (SELECT 1 FROM links WHERE digest = ?1) AND NOT EXISTS (SELECT 1 FROM children AS c WHERE "
+                "c.digest = ?1 AND NOT EXISTS (SELECT 1 FROM links AS l WHERE l.digest = c.parent "
+                "AND l.proof = 'anonymous'))",
+                [(str(digest),) for digest in digests],
+            )
+
+        return self._submit(write)
 
     def set_tag(
         self, upstream: str, repository: Repository, tag: Tag, accept: str, digest: Digest, checked: float
@@ -230,15 +304,13 @@ class Catalog:
             )
         )
 
-    def set_referrers(
-        self, upstream: str, repository: Repository, subject: Digest, body: bytes, checked: float
-    ) -> Future[None]:
+    def set_referrers(self, origin: Origin, subject: Digest, body: bytes, checked: float) -> Future[None]:
         """The upstream says what refers to a manifest. The oldest lists go when there are too many: those of the
         lowest row numbers, since clocks go back."""
 
         def write(connection: sqlite3.Connection) -> None:
-            row = (upstream, repository, str(subject), body, checked)
-            connection.execute("INSERT OR REPLACE INTO referrers VALUES (?, ?, ?, ?, ?)", row)
+            row = (origin.upstream, origin.repository, str(subject), body, checked, origin.proof)
+            connection.execute("INSERT OR REPLACE INTO referrers VALUES (?, ?, ?, ?, ?, ?)", row)
             connection.execute(
                 "DELETE FROM referrers WHERE rowid <= (SELECT rowid FROM referrers ORDER BY rowid DESC LIMIT 1 OFFSET ?)",
                 (_MAX_LISTS,),

@@ -17,11 +17,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
+from proxy.credentials.credential import Proof
 from proxy.errors import CacheFailing, RegistryError
 from proxy.manifests import MAX_BYTES, Manifest, ManifestInvalid, parse_manifest
 from proxy.metrics import Metrics
 from proxy.names import Digest, Repository, Tag, parse_repository, parse_tag
-from proxy.storage.base import StoredBlob
+from proxy.storage.base import Origin, StoredBlob
 from proxy.storage.catalog import Catalog, Listed, Tagged
 from proxy.storage.layout import DirectoryUnusable, Layout, SpoolFile
 
@@ -116,17 +117,29 @@ class Store:
         """The size as held manifests of that repository state it."""
         return self._read(lambda: self._catalog.stated_size(upstream, repository, digest))
 
-    def is_linked(self, upstream: str, repository: Repository, digest: Digest) -> bool:
-        """Whether it was proved that ``digest`` is in that repository."""
-        return bool(self._read(lambda: self._catalog.is_linked(upstream, repository, digest)))
+    def is_linked(self, upstream: str, repository: Repository, digest: Digest, *, public: bool) -> bool:
+        """Whether it was proved that ``digest`` is in that repository; ``public``: to the anonymous."""
+        return bool(self._read(lambda: self._catalog.is_linked(upstream, repository, digest, public=public)))
+
+    def is_named(self, upstream: str, repository: Repository, digest: Digest, *, public: bool) -> bool:
+        """Whether a manifest that is linked to that repository names ``digest``; ``public``: for the anonymous."""
+        return bool(self._read(lambda: self._catalog.is_named(upstream, repository, digest, public=public)))
+
+    def is_public(self, digest: Digest) -> bool:
+        """Whether some registry has given ``digest`` to the anonymous."""
+        return bool(self._read(lambda: self._catalog.is_public(digest)))
+
+    def was_given(self, upstream: str, repository: Repository, proof: Proof) -> bool:
+        """Whether anything was given from that repository by that proof, and that was not withdrawn."""
+        return bool(self._read(lambda: self._catalog.was_given(upstream, repository, proof)))
 
     def tagged(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> Tagged | None:
         """Where the tag pointed last."""
         return self._read(lambda: self._catalog.tag(upstream, repository, tag, accept))
 
-    def referrers(self, upstream: str, repository: Repository, subject: Digest) -> Listed | None:
-        """What the upstream last said that refers to a manifest."""
-        return self._read(lambda: self._catalog.referrers(upstream, repository, subject))
+    def referrers(self, upstream: str, repository: Repository, subject: Digest, *, public: bool) -> Listed | None:
+        """What the upstream last said that refers to a manifest; ``public``: to the anonymous."""
+        return self._read(lambda: self._catalog.referrers(upstream, repository, subject, public=public))
 
     # -- writing: blocking, to be called in a thread -----------------------------------------------------------------
 
@@ -140,17 +153,17 @@ class Store:
             log.warning("nothing can be saved: %s", error)
             return None
 
-    def adopt(self, spool: SpoolFile, digest: Digest, size: int, upstream: str, repository: Repository) -> None:
+    def adopt(self, spool: SpoolFile, digest: Digest, size: int, origin: Origin) -> None:
         """Holds a finished, verified download from now on; raises ``OSError`` when it cannot."""
         spool.adopt(digest)
-        link = self._catalog.link(upstream, repository, digest)
+        link = self._catalog.link(origin, digest)
         try:
             self._catalog.add(digest, size).result()
             link.result()
         except sqlite3.Error as error:
             raise OSError(errno.EIO, f"the catalog was not written: {error}") from error
 
-    def put_manifest(self, upstream: str, repository: Repository, digest: Digest, body: bytes, manifest: Manifest) -> bool:
+    def put_manifest(self, origin: Origin, digest: Digest, body: bytes, manifest: Manifest) -> bool:
         """Holds a verified manifest and its link from now on. False when the disk did not take it."""
         spool = self.spool()
         if spool is None:
@@ -163,7 +176,7 @@ class Store:
             finally:
                 spool.close()
             added = self._catalog.add(digest, len(body), manifest)
-            self._catalog.link(upstream, repository, digest).result()
+            self._catalog.link(origin, digest).result()
             added.result()
             self._write_meta(digest, manifest.media_type)
             return True
@@ -184,15 +197,24 @@ class Store:
         if before and self._wait(self._catalog.forget_tag(upstream, repository, tag, accept)):
             self._write_notes(set(before))
 
-    def link(self, upstream: str, repository: Repository, digest: Digest) -> None:
+    def link(self, origin: Origin, digest: Digest) -> None:
         """Remembers that the upstream has ``digest`` in that repository."""
-        if self._wait(self._catalog.link(upstream, repository, digest)):
+        if self._wait(self._catalog.link(origin, digest)):
             self._write_notes({digest})
 
-    def put_referrers(self, upstream: str, repository: Repository, subject: Digest, body: bytes, checked: float) -> None:
+    def withdraw(self, upstream: str, repository: Repository, proof: Proof) -> None:
+        """Forgets that anything was given from that repository by that proof; the content stays, for who may read it."""
+        linked = self._read(lambda: self._catalog.linked(upstream, repository, proof)) or []
+        if self.was_given(upstream, repository, proof) and self._wait(self._catalog.withdraw(upstream, repository, proof)):
+            log.warning(
+                "%s of %s is not given any more (%s): %d links are withdrawn", repository, upstream, proof, len(linked)
+            )
+            self._write_notes(set(linked))
+
+    def put_referrers(self, origin: Origin, subject: Digest, body: bytes, checked: float) -> None:
         """Remembers what the upstream says that refers to a manifest; a list that is very long is not kept."""
         if len(body) <= _MAX_LIST and self._layout.has_room():
-            self._wait(self._catalog.set_referrers(upstream, repository, subject, body, checked))
+            self._wait(self._catalog.set_referrers(origin, subject, body, checked))
 
     def _tag_rows(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> list[Digest]:
         return self._read(lambda: self._catalog.tagged_digests(upstream, repository, tag, accept)) or []
@@ -228,7 +250,9 @@ class Store:
             digest,
             {
                 "mediaType": media_type,
-                "links": [{"upstream": upstream, "repository": repository} for upstream, repository in links],
+                "links": [
+                    {"upstream": upstream, "repository": repository, "proof": proof} for upstream, repository, proof in links
+                ],
                 "tags": [
                     {"upstream": upstream, "repository": repository, "tag": tag, "accept": accept, "checked": checked}
                     for upstream, repository, tag, accept, checked in tags
@@ -240,11 +264,14 @@ class Store:
         """Makes the catalog say what the files are."""
         known = self._catalog.digests()
         pending: list[Future[None]] = []
+        found: list[Digest] = []
         tags: list[_TagNote] = []
         for digest, size in self._layout.contents():
             if known.pop(digest, None) is None:
                 pending += self._recover(digest, size, tags)
+                found.append(digest)
         pending += [self._catalog.remove(digest) for digest in known]
+        pending.append(self._catalog.share(found))
         pending += [self._catalog.set_tag(*note) for note in sorted(tags, key=lambda note: note[-1])]
         for future in pending:
             self._wait(future)
@@ -264,7 +291,9 @@ class Store:
             return [self._catalog.add(digest, size)]
         try:
             manifest = parse_manifest(body, str(meta.get("mediaType")))
-            links = [(str(link["upstream"]), parse_repository(link["repository"])) for link in meta["links"]]
+            links = [
+                Origin(str(link["upstream"]), parse_repository(link["repository"]), _proof(link)) for link in meta["links"]
+            ]
             tags += [
                 (
                     str(note["upstream"]),
@@ -279,7 +308,7 @@ class Store:
         except (KeyError, TypeError, ValueError, RegistryError, ManifestInvalid):
             log.warning("what is written beside %s cannot be read", digest)
             return [self._catalog.add(digest, size)]
-        return [self._catalog.add(digest, size, manifest), *(self._catalog.link(*link, digest) for link in links)]
+        return [self._catalog.add(digest, size, manifest), *(self._catalog.link(link, digest) for link in links)]
 
     def _verified(self, digest: Digest, size: int) -> bytes | None:
         """The content if it is small enough to be a manifest, else None; raises ``OSError`` where it is not what it
@@ -295,6 +324,12 @@ class Store:
                 raise OSError(errno.EIO, "the content is not what its name says", digest.hex)
             file.seek(0)
             return file.read() if size <= MAX_BYTES else None
+
+
+def _proof(link: dict[str, object]) -> Proof:
+    """To whom a link says that content was given; before it was written down, everything was asked for anonymously."""
+    proof = link.get("proof", "anonymous")
+    return "anonymous" if proof == "anonymous" else "secret" if proof == "secret" else "client"
 
 
 def _open_catalog(layout: Layout) -> Catalog:

@@ -77,7 +77,8 @@ def socket_factory(allowed: Sequence[Network], refused: Callable[[], None]) -> C
         address = ipaddress.ip_address(str(target[0]).partition("%")[0])
         if not is_allowed(address, allowed):
             refused()
-            raise AddressRefused(f"{address} is not a public address and not in allowAddresses")
+            entry = f"{address}/{address.max_prefixlen}"
+            raise AddressRefused(f"{address} is not a public address; if you mean it, list it: allowAddresses: [{entry}]")
         made = socket.socket(family, kind, protocol)
         made.setblocking(False)
         return made

@@ -23,6 +23,11 @@ class Bearer:
 
 
 @dataclass(frozen=True, slots=True)
+class Basic:
+    """User and password are wanted, by the registry itself."""
+
+
+@dataclass(frozen=True, slots=True)
 class Challenge:
     """One scheme with its parameters; names in lower case."""
 
@@ -52,13 +57,14 @@ def parse_challenges(lines: Iterable[str]) -> list[Challenge]:
     return challenges
 
 
-def find_bearer(lines: Iterable[str]) -> Bearer | None:
-    """The Bearer challenge among them, which is preferred to any other; None if there is none with a realm."""
-    for challenge in parse_challenges(lines):
+def find_challenge(lines: Iterable[str]) -> Bearer | Basic | None:
+    """The challenge to answer: Bearer with a realm is preferred to Basic; None if there is neither."""
+    challenges = parse_challenges(lines)
+    for challenge in challenges:
         if challenge.scheme == "bearer" and (realm := challenge.parameters.get("realm")):
             scope = tuple(challenge.parameters.get("scope", "").split())
             return Bearer(realm, challenge.parameters.get("service", ""), scope)
-    return None
+    return Basic() if any(challenge.scheme == "basic" for challenge in challenges) else None
 
 
 def _skip(line: str, position: int) -> int:

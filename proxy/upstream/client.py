@@ -1,4 +1,4 @@
-"""The calls to a registry: manifests and blobs, by HEAD and GET, and lists; anonymous so far."""
+"""The calls to a registry: manifests and blobs, by HEAD and GET, and lists."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import TypeVar
 from yarl import URL
 
 from proxy.config import UpstreamConfig
+from proxy.credentials.credential import Asker, Credential
 from proxy.errors import BlobUnknown, ManifestUnknown, NameUnknown, RegistryError, UpstreamBroken, UpstreamFailing
 from proxy.listings import MAX_PAGE, ListQuery, next_page
 from proxy.manifests import MAX_BYTES, MODERN, OCI_INDEX
 from proxy.metrics import Metrics
 from proxy.names import Digest, Reference, Repository
 from proxy.upstream.endpoints import Endpoints
-from proxy.upstream.exchange import Exchange
+from proxy.upstream.exchange import Exchange, Lookup, Shown
 from proxy.upstream.reply import Reply, Where
 
 _LISTS = f"{OCI_INDEX}, application/json"
@@ -102,19 +103,38 @@ class BlobStream:
 class Upstream:
     """One registry, which may have several endpoints."""
 
-    def __init__(self, config: UpstreamConfig, metrics: Metrics, instance: str) -> None:
+    def __init__(self, config: UpstreamConfig, metrics: Metrics, instance: str, lookup: Lookup) -> None:
         self.name = config.name
+        self.key = config.key
         self.config = config
         self._metrics = metrics
-        self._exchange = Exchange(config, metrics, instance)
+        self._exchange = Exchange(config, metrics, instance, lookup)
         listed = [Where(config.name, URL(endpoint)) for endpoint in config.endpoints]
         self._endpoints = Endpoints(listed, config.timeouts.endpoint, self._exchange.probe, metrics)
+        for each in (metrics.stale, metrics.mismatches, metrics.upstream_bytes):
+            each.labels(config.name)  # there from the start: what is first seen at 1 has no rate
         self._patience = config.timeouts.connect + config.timeouts.headers
 
     @property
     def endpoints(self) -> int:
         """How many endpoints there are to ask."""
         return len(self._endpoints)
+
+    def forget(self, credential: Credential) -> None:
+        """Drops what was given to a secret that is no more."""
+        self._exchange.forget(credential)
+
+    def said(self, credential: Credential) -> str | None:
+        """What the registry said last when that secret was shown to it."""
+        return self._exchange.said.get(credential)
+
+    def use_files_again(self) -> None:
+        """Uses the certificates that the files hold now; raises ``TLSFileUnusable``."""
+        self._exchange.transport.use_files_again()
+
+    def drop_expired(self) -> None:
+        """Forgets the tokens whose time is over."""
+        self._exchange.drop_expired()
 
     async def close(self) -> None:
         """Drops every connection."""
@@ -126,61 +146,67 @@ class Upstream:
         repository: Repository,
         reference: Reference,
         accept: str,
-        via: str,
+        asker: Asker,
         verify: Callable[[Digest | None], None] = lambda _: None,
     ) -> ManifestHead:
         """What the upstream says of a manifest, by HEAD; where ``verify`` refuses its digest, the next endpoint is asked.
 
         Raises ``RegistryError``.
         """
+        shown = await self._exchange.prepare(repository, asker)
 
         async def ask(where: Where) -> ManifestHead:
             path = f"/v2/{repository}/manifests/{reference}"
-            async with self._reply("HEAD", where, path, repository, {"Accept": accept}, via) as reply:
+            async with self._reply("HEAD", where, path, repository, {"Accept": accept}, shown) as reply:
                 if reply.status == 405:
                     return ManifestHead(None, None, "")
                 await reply.check(self._no_manifest(repository, reference))
                 verify(reply.digest)
                 return ManifestHead(reply.digest, reply.length, reply.media_type)
 
-        return await self._endpoints.ask(ask, self.config.timeouts.head)
+        return await self._endpoints.ask(ask, self.config.timeouts.head, authority_only=asker.asks_registry_only)
 
     async def get_manifest(
         self,
         repository: Repository,
         reference: Reference,
         accept: str,
-        via: str,
+        asker: Asker,
         verify: Verify[ManifestBody, T],
         *,
         authority_only: bool = False,
     ) -> T:
         """What ``verify`` makes of a manifest; where it refuses, the next endpoint is asked. Raises ``RegistryError``."""
+        shown = await self._exchange.prepare(repository, asker)
 
         async def ask(where: Where) -> T:
             path = f"/v2/{repository}/manifests/{reference}"
-            async with self._reply("GET", where, path, repository, {"Accept": accept}, via) as reply:
+            async with self._reply("GET", where, path, repository, {"Accept": accept}, shown) as reply:
                 await reply.check(self._no_manifest(repository, reference))
                 if reply.status != 200:
                     raise UpstreamBroken(f"{where} sent a part of a manifest of which the whole was asked")
                 return await verify(ManifestBody(await reply.body(MAX_BYTES), reply.content_type))
 
-        return await self._endpoints.ask(ask, self._patience, authority_only=authority_only)
+        only = authority_only or asker.asks_registry_only
+        return await self._endpoints.ask(ask, self._patience, authority_only=only)
 
     async def head_blob(
-        self, repository: Repository, digest: Digest, via: str, verify: Callable[[int | None], None] = lambda _: None
+        self, repository: Repository, digest: Digest, asker: Asker, verify: Callable[[int | None], None] = lambda _: None
     ) -> int | None:
         """The size of a blob; where ``verify`` refuses it, the next endpoint is asked. Raises ``RegistryError``."""
         path = f"/v2/{repository}/blobs/{digest}"
+        shown = await self._exchange.prepare(repository, asker)
 
         async def size(where: Where) -> int | None:
-            async with self._reply("HEAD", where, path, repository, {}, via) as reply:
+            async with self._reply("HEAD", where, path, repository, {}, shown) as reply:
+                if reply.media_type == "text/html":
+                    raise UpstreamBroken(f"{where} answered with a page for people; is a login page in between?")
                 if reply.status != 405 and (reply.is_own or reply.status not in (400, 401, 403)):
                     await reply.check(self._no_blob(repository, digest))
                     if reply.length is not None:
                         return reply.length
             # HEAD is not to be had, for example of a signed URL for GET: one byte is asked for.
-            async with self._reply("GET", where, path, repository, {"Range": "bytes=0-0"}, via) as reply:
+            async with self._reply("GET", where, path, repository, {"Range": "bytes=0-0"}, shown) as reply:
                 await reply.check(self._no_blob(repository, digest))
                 if reply.status == 206:
                     return reply.part.total if reply.part else None
@@ -191,16 +217,17 @@ class Upstream:
             verify(told)
             return told
 
-        return await self._endpoints.ask(ask, self._patience)
+        return await self._endpoints.ask(ask, self._patience, authority_only=asker.asks_registry_only)
 
-    async def open_blob(self, repository: Repository, digest: Digest, offset: int, attempt: int, via: str) -> BlobStream:
+    async def open_blob(self, repository: Repository, digest: Digest, offset: int, attempt: int, asker: Asker) -> BlobStream:
         """A blob from ``offset`` on, at the endpoint whose turn the ``attempt`` is; raises ``RegistryError``."""
         path = f"/v2/{repository}/blobs/{digest}"
         headers = {"Range": f"bytes={offset}-"} if offset else {}
         count = self._metrics.upstream_bytes.labels(self.name).inc
+        shown = await self._exchange.prepare(repository, asker)
 
         async def ask(where: Where) -> BlobStream:
-            reply = await self._exchange.ask("GET", where, path, repository, headers, via)
+            reply = await self._exchange.ask("GET", where, path, repository, headers, shown)
             broken = partial(self._endpoints.failing, where)
             try:
                 await reply.check(self._no_blob(repository, digest))
@@ -213,16 +240,17 @@ class Upstream:
                 reply.close()
                 raise
 
-        return await self._endpoints.ask(ask, self._patience, attempt=attempt)
+        only = asker.asks_registry_only
+        return await self._endpoints.ask(ask, self._patience, attempt=attempt, authority_only=only)
 
-    async def list_tags(self, repository: Repository, query: ListQuery, via: str, verify: Verify[Page, T]) -> T:
+    async def list_tags(self, repository: Repository, query: ListQuery, asker: Asker, verify: Verify[Page, T]) -> T:
         """What ``verify`` makes of a page of tags; raises ``RegistryError``."""
         path = f"/v2/{repository}/tags/list"
         unknown = NameUnknown(f"{self.name} has no repository {repository}")
-        return await self._page(repository, path, query, via, unknown, verify)
+        return await self._page(repository, path, query, asker, unknown, verify)
 
     async def list_referrers(
-        self, repository: Repository, subject: Digest, query: ListQuery, via: str, verify: Verify[Page, T]
+        self, repository: Repository, subject: Digest, query: ListQuery, asker: Asker, verify: Verify[Page, T]
     ) -> T:
         """What ``verify`` makes of a page of referrers; raises ``ManifestUnknown`` where there is no such list.
 
@@ -230,22 +258,23 @@ class Upstream:
         """
         path = f"/v2/{repository}/referrers/{subject}"
         unknown = ManifestUnknown(f"{self.name} does not list what refers to {subject} in {repository}")
-        return await self._page(repository, path, query, via, unknown, verify, absent=(404, 405))
+        return await self._page(repository, path, query, asker, unknown, verify, absent=(404, 405))
 
     async def _page(
         self,
         repository: Repository,
         path: str,
         query: ListQuery,
-        via: str,
+        asker: Asker,
         unknown: RegistryError,
         verify: Verify[Page, T],
         absent: tuple[int, ...] = (),
     ) -> T:
         target = f"{path}?{query.encoded()}" if query.parameters else path
+        shown = await self._exchange.prepare(repository, asker)
 
         async def ask(where: Where) -> T:
-            async with self._reply("GET", where, target, repository, {"Accept": _LISTS}, via) as reply:
+            async with self._reply("GET", where, target, repository, {"Accept": _LISTS}, shown) as reply:
                 if reply.status in absent:
                     raise unknown
                 await reply.check(unknown)
@@ -256,10 +285,10 @@ class Upstream:
 
     @asynccontextmanager
     async def _reply(
-        self, method: str, where: Where, path: str, repository: Repository, headers: dict[str, str], via: str
+        self, method: str, where: Where, path: str, repository: Repository, headers: dict[str, str], shown: Shown
     ) -> AsyncIterator[Reply]:
         """An answer, closed when the block is left."""
-        reply = await self._exchange.ask(method, where, path, repository, headers, via)
+        reply = await self._exchange.ask(method, where, path, repository, headers, shown)
         try:
             yield reply
         finally:

@@ -32,12 +32,17 @@ _LONGEST_REST = 60.0
 
 @dataclass(slots=True)
 class _Rest:
-    """Of an endpoint that failed: ``seconds`` long, ``until`` then; not ``active`` once it has answered."""
+    """Of an endpoint that failed: ``seconds`` long, ``until`` then; not ``active`` once it has answered. The record is kept:
+    who fails again soon rests longer."""
 
     seconds: float
     until: float
-    active: bool = True
     probe: asyncio.Task[None] | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether nothing good was heard of it since."""
+        return self.probe is not None
 
 
 class Endpoints:
@@ -78,7 +83,7 @@ class Endpoints:
         order = [self._authority] if authority_only else self._order(attempt)
         share = min(self._budget, limit / max(1, len(self._listed) - 1))
         for number, where in enumerate(order, start=1):
-            is_last_hope = where is self._authority and all(self._rests_now(other) for other in order[number:])
+            is_last_hope = where is self._authority and all(self.is_resting(other) for other in order[number:])
             within = limit if is_last_hope else share
             try:
                 async with asyncio.timeout(within):
@@ -112,16 +117,16 @@ class Endpoints:
         now = asyncio.get_running_loop().time()
         is_relapse = rest is not None and now < rest.until + _LONGEST_REST  # one that stalls begins its answers well
         seconds = min(rest.seconds * 2, _LONGEST_REST) if rest is not None and is_relapse else _FIRST_REST
-        self._rests[where] = _Rest(seconds, now + seconds)
+        self._rests[where] = rest = _Rest(seconds, now + seconds)
+        rest.probe = asyncio.create_task(self._look_after(where, rest), name=f"probe {where}")
         self._resting(where).set(1)
         log.warning("%s rests for %g s: %s", where, seconds, why)
 
     def answering(self, where: Where) -> None:
         """It gave what it was asked for: it rests no more."""
-        if (rest := self._rests.get(where)) is not None and rest.active:
+        if (rest := self._rests.get(where)) is not None and rest.probe is not None:
+            rest.probe.cancel()
             self._wakes(where, rest)
-            if rest.probe is not None:
-                rest.probe.cancel()
 
     async def close(self) -> None:
         """Stops the probes."""
@@ -133,37 +138,33 @@ class Endpoints:
     def _order(self, attempt: int) -> list[Where]:
         turn = attempt % len(self._listed)
         rotated = self._listed[turn:] + self._listed[:turn]
-        resting = {where: self._rests[where].seconds for where in rotated if self._rests_now(where)}
-        for where in resting:
-            self._look_after(where)
         # Those who rest are asked before a request fails; who failed for the first time is the likeliest to be back.
-        return sorted(rotated, key=lambda where: resting.get(where, 0.0))
+        return sorted(rotated, key=lambda where: self._rests[where].seconds if self.is_resting(where) else 0.0)
 
     def _resting(self, where: Where) -> Gauge:
         return self._metrics.resting.labels(where.name, where.endpoint.host_port_subcomponent or "")
 
-    def _rests_now(self, where: Where) -> bool:
+    def is_resting(self, where: Where) -> bool:
+        """Whether others are asked before it, since it failed."""
         rest = self._rests.get(where)
         return rest is not None and rest.active
 
     def _wakes(self, where: Where, rest: _Rest) -> None:
-        rest.active = False
+        rest.probe = None
         self._resting(where).set(0)
         log.info("%s answers again", where)
 
-    def _look_after(self, where: Where) -> None:
-        """Probes an endpoint that has rested long enough; a client's request is the occasion, but does not wait."""
-        rest = self._rests[where]
-        if rest.probe is None and asyncio.get_running_loop().time() >= rest.until:
-            rest.probe = asyncio.create_task(self._try(where, rest), name=f"probe {where}")
-
-    async def _try(self, where: Where, rest: _Rest) -> None:
-        try:
-            async with asyncio.timeout(self._budget):
-                await self._probe(where)
-            self._wakes(where, rest)
-        except (RegistryError, TimeoutError):
-            rest.seconds = min(rest.seconds * 2, _LONGEST_REST)
-            rest.until = asyncio.get_running_loop().time() + rest.seconds
-        finally:
-            rest.probe = None
+    async def _look_after(self, where: Where, rest: _Rest) -> None:
+        """Asks an endpoint that rests, after each rest, until it answers."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(rest.until - loop.time())
+            try:
+                async with asyncio.timeout(self._budget):
+                    await self._probe(where)
+            except (RegistryError, TimeoutError, OSError):
+                rest.seconds = min(rest.seconds * 2, _LONGEST_REST)
+                rest.until = loop.time() + rest.seconds
+            else:
+                self._wakes(where, rest)
+                return

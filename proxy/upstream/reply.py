@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import aiohttp
 from yarl import URL
 
+from proxy.credentials.credential import Credential
 from proxy.errors import (
     Denied,
     RangeInvalid,
@@ -35,7 +36,6 @@ _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASC
 _RETRY_AFTER = re.compile(r"\d{1,6}|[A-Za-z]{3}, \d\d [A-Za-z]{3} \d{4} \d\d:\d\d:\d\d GMT", re.ASCII)
 _TLS = "TLS 1.2 is the least that is spoken"
 _ABOUT_OURS = ("CERTIFICATE_REQUIRED", "ALERT_BAD_CERTIFICATE", "ALERT_UNKNOWN_CA", "ALERT_CERTIFICATE", "ACCESS_DENIED")
-ANONYMOUS = "the repository is private or does not exist, and this cache asks anonymously"
 
 
 class Dropped(UpstreamUnavailable):
@@ -80,11 +80,20 @@ class Reply:
     def __init__(self, response: aiohttp.ClientResponse, where: Where) -> None:
         self._response = response
         self._broken: RegistryError | None = None
+        self._credential: Credential | None = None
+        self._secrets: tuple[str, ...] = ()
         self.where = where
         self.status = response.status
         self.headers = response.headers
         self.length = _number(response.headers.get("Content-Length", ""))
         self.content_type = response.headers.get("Content-Type", "")
+
+    def shown(self, credential: Credential | None, authorization: str) -> None:
+        """What the request showed: texts of errors tell whose it was, and never repeat it where the registry did."""
+        secrets = {authorization.partition(" ")[2]}
+        if credential is not None:
+            secrets |= {credential.password, credential.identity_token}
+        self._credential, self._secrets = credential, tuple(sorted(secrets - {""}, key=len, reverse=True))
 
     @property
     def is_own(self) -> bool:
@@ -170,7 +179,7 @@ class Reply:
         if status == 404:
             raise type(unknown)(f"{unknown.message} ({said.text})") if said.text else unknown
         if status in (401, 403) and self.is_own and said.is_registry:
-            raise Denied(f"{text}; {ANONYMOUS}")
+            raise Denied(f"{text}; {asked_as(self._credential)}")
         if status == 416 and "Range" in self._response.request_info.headers:
             raise RangeInvalid(text)
         if status == 429:
@@ -193,7 +202,19 @@ class Reply:
             code, message = str(first["code"]), str(first.get("message") or "")
         except (RegistryError, ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
             return _Said("", False)
-        return _Said(printable(f"{code} {message}".strip(), 256), code in ("UNAUTHORIZED", "DENIED") or self.status == 401)
+        text = f"{code} {message}".strip()
+        for secret in self._secrets:
+            text = text.replace(secret, "[redacted]")
+        return _Said(printable(text, 256), code in ("UNAUTHORIZED", "DENIED") or self.status == 401)
+
+
+def asked_as(credential: Credential | None) -> str:
+    """Who asked, and what a refusal then means."""
+    if credential is None:
+        return "the repository is private or does not exist, and this cache asks anonymously"
+    if credential.is_ours:
+        return f"the repository does not exist, or what {credential.source} holds for {credential.registry} does not open it"
+    return "the repository does not exist, or the credential does not open it"
 
 
 @contextmanager
@@ -248,6 +269,8 @@ def _no_tls(where: Where, cause: BaseException | None) -> str:
         return f"{text}: it does not accept our certificate, or wants one; see clientCertFile"
     if "HANDSHAKE_FAILURE" in reason:
         return f"{text}; {_TLS}; perhaps it wants a certificate: see clientCertFile"
+    if "WRONG_VERSION_NUMBER" in reason:
+        return f"{text}: it does not speak TLS there; if it is on http, write http:// in endpoints"
     return f"{text}; {_TLS}"
 
 

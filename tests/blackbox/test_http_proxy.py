@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from proxy.config import load
+from proxy.configfile import ConfigError, load, validate
 from tests.blackbox.oracle import LARGE, blob_of, blob_path, error_of, manifest_path, pulls_well
-from tests.conftest import UPSTREAM, RunningCache, StartCache, running
+from tests.conftest import UPSTREAM, RunningCache, StartCache, running, settings
 from tests.fakes import answers
 from tests.fakes.forward_proxy import ForwardProxy
 from tests.fakes.registry import ScriptedRegistry
@@ -400,7 +400,15 @@ async def test_a_realm_at_a_private_address_is_not_asked_of_the_proxy(
         assert set(forward.targets) == {registry.host}
 
 
-@pytest.mark.parametrize("host", ["2130706433", "127.1", "localhost", "sub.localhost"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "sub.localhost"])
+def test_an_endpoint_that_is_known_to_be_private_is_refused_at_start(tmp_path: Path, host: str) -> None:
+    """With a proxy, too."""
+    private = {"name": UPSTREAM, "endpoints": [f"http://{host}:5000"], "httpProxy": "http://proxy.test:3128"}
+    with pytest.raises(ConfigError, match=rf"{host} is not a public address.*allowAddresses: \[127\.0\.0\.1/32\]"):
+        validate(settings(tmp_path, private))
+
+
+@pytest.mark.parametrize("host", ["2130706433", "127.1"])
 async def test_an_endpoint_at_a_private_address_is_not_asked_of_the_proxy(
     start_cache: StartCache, forward: ForwardProxy, ca: Authority, host: str
 ) -> None:

@@ -19,12 +19,13 @@ import pytest
 from yarl import URL
 
 from proxy import send as sending
-from proxy.config import validate
+from proxy.configfile import validate
 from proxy.errors import UpstreamUnavailable
 from proxy.metrics import Metrics
 from proxy.names import Repository
 from proxy.names import digest_of as parsed_digest_of
 from proxy.storage import catalog as catalogs
+from proxy.storage.base import Origin
 from proxy.storage.catalog import Catalog
 from proxy.storage.layout import Layout
 from proxy.upstream.endpoints import Endpoints
@@ -518,10 +519,10 @@ def test_lists_from_the_future_do_not_push_out_those_of_today(tmp_path: Path, mo
         repository, now = Repository(REPO), time.time()
         subjects = [parsed_digest_of(b"%d" % number) for number in range(5)]
         for number, subject in enumerate(subjects[:4]):
-            catalog.set_referrers(UPSTREAM, repository, subject, b"{}", now + 1e6 + number).result(5)
-        catalog.set_referrers(UPSTREAM, repository, subjects[4], b"{}", now).result(5)
-        assert catalog.referrers(UPSTREAM, repository, subjects[4]) is not None
-        assert catalog.referrers(UPSTREAM, repository, subjects[0]) is None
+            catalog.set_referrers(Origin(UPSTREAM, repository, "anonymous"), subject, b"{}", now + 1e6 + number).result(5)
+        catalog.set_referrers(Origin(UPSTREAM, repository, "anonymous"), subjects[4], b"{}", now).result(5)
+        assert catalog.referrers(UPSTREAM, repository, subjects[4], public=True) is not None
+        assert catalog.referrers(UPSTREAM, repository, subjects[0], public=True) is None
     finally:
         catalog.close()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from proxy.config import ConfigError, validate
+from proxy.configfile import ConfigError, validate
 from tests.conftest import RunningCache, StartCache, running, settings, upstream
 from tests.fakes.client import fetch, raw_exchange
 from tests.fakes.recorder import Sink
@@ -346,19 +346,19 @@ async def test_a_path_prefix_of_ones_own_means_its_upstream(
 
 
 @pytest.mark.parametrize(
-    "sections",
+    ("sections", "said"),
     [
-        [{"name": A}, {"name": A}],
-        [{"name": A}, {"name": B, "pathPrefix": A}],
-        [{"name": PORTED}, {"name": B, "pathPrefix": "registry.test_5000"}],
-        [{"name": HUB}, {"name": "index.docker.io"}],
-        [{"name": A, "pathPrefix": "x"}, {"name": B, "pathPrefix": "x"}],
+        ([{"name": A}, {"name": A}], "stands twice"),
+        ([{"name": A}, {"name": B, "pathPrefix": A}], "means both"),
+        ([{"name": PORTED}, {"name": B, "pathPrefix": "registry.test_5000"}], "means both"),
+        ([{"name": HUB}, {"name": "index.docker.io"}], "stands twice"),
+        ([{"name": A, "pathPrefix": "x"}, {"name": B, "pathPrefix": "x"}], "means both"),
     ],
 )
 def test_t18_two_upstreams_of_one_name_or_prefix_are_refused_at_start(
-    tmp_path: Path, sections: list[dict[str, Any]]
+    tmp_path: Path, sections: list[dict[str, Any]], said: str
 ) -> None:
-    with pytest.raises(ConfigError, match="means both"):
+    with pytest.raises(ConfigError, match=said):
         validate(settings(tmp_path, *sections))
 
 

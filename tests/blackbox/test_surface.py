@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import RunningCache
+from tests.conftest import RunningCache, StartCache, upstream
 from tests.fakes.answers import oci_error, status, too_many_requests
 from tests.fakes.client import Wire, WireResponse, fetch, finish, open_wire, raw_exchange, read_head
 from tests.fakes.registry import ScriptedRegistry
@@ -157,6 +157,18 @@ async def test_the_admin_port_answers_with_the_upstream_down_and_asks_nobody(
     if (method, path) == ("GET", "/metrics"):
         assert answer.headers.get("Content-Type") == "text/plain; version=0.0.4; charset=utf-8"
         assert b"\npullcache_connections " in answer.body
+
+
+async def test_the_figures_of_each_upstream_are_there_from_the_start(
+    registry: ScriptedRegistry, start_cache: StartCache
+) -> None:
+    """At 0, before anything is asked for: a counter that is first seen at 1 has no rate, and raises no alarm."""
+    cache = await start_cache(upstream(registry, "a.test"), upstream(registry, "b.test:5000"))
+    lines = (await fetch(cache.host, cache.admin_port, "GET", "/metrics")).body.decode().splitlines()
+    for figure in ("stale", "mismatches", "upstream_bytes"):
+        for name in ("a.test", "b.test:5000"):
+            assert f'pullcache_{figure}_total{{upstream="{name}"}} 0.0' in lines
+    assert registry.connections == 0
 
 
 # --- T29: digests ---

@@ -96,10 +96,18 @@ async def test_f37_a_handshake_that_breaks_off_is_a_clear_503(start_cache: Start
         assert 1 <= server.attempts <= 3
 
 
-@pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-x\r\n", b"\x15\x03\x01\x00\x02\x02\x28"])
+@pytest.mark.parametrize(
+    ("said", "is_tls"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", False),
+        (b"SSH-2.0-x\r\n", False),
+        (b"\x15\x03\x01\x00\x02\x02\x28", True),
+    ],
+)
 async def test_f37_what_does_not_speak_tls_is_not_spoken_to_in_plain(
-    start_cache: StartCache, ca: Authority, said: bytes
+    start_cache: StartCache, ca: Authority, said: bytes, is_tls: bool
 ) -> None:
+    """Nor is it asked on http by itself: the text says how to write that."""
     heard: list[bytes] = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -114,6 +122,8 @@ async def test_f37_what_does_not_speak_tls_is_not_spoken_to_in_plain(
         refused = await cache.get(TAG)
         assert refused.status == 503
         assert "TLS" in message(refused)
+        hint = "it does not speak TLS there; if it is on http, write http:// in endpoints"
+        assert (hint in message(refused)) is not is_tls, message(refused)
         assert heard
         assert all(data.startswith(b"\x16\x03") for data in heard), "each is a hello, none is a request"
 

@@ -164,7 +164,7 @@ def test_a_mirror_that_answers_with_errors_is_asked_once(
 
 @needs_skopeo
 def test_a_mirror_that_comes_back_is_used_again(upstream: DockerRegistry, image: RealImage, room: Path) -> None:
-    """Clients go on asking, and one of their requests is the occasion to find out."""
+    """A probe finds out, and clients are sent there again."""
     with Line(upstream.port) as line, mirrored(room, line.url, upstream.url, endpoint="500ms") as server:
         line.hold()
         manifest = f"{server.url}/v2/{UPSTREAM}/{reference(image, 'tag').replace(':', '/manifests/')}"

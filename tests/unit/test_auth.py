@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
-from proxy.errors import Denied, RegistryError, UpstreamBroken
+from proxy.credentials.credential import Credential
+from proxy.errors import CredentialRefused, Denied, RegistryError, UpstreamBroken
 from proxy.names import Repository
-from proxy.upstream.auth import RealmRefused, Tokens, check_realm, parse_token
-from proxy.upstream.challenge import Bearer
+from proxy.upstream.auth import RealmRefused, Tokens, check_realm, may_carry, parse_token
+from proxy.upstream.challenge import Basic, Bearer
 
 HTTPS = URL("https://registry.test")
 PLAIN = URL("http://registry.test:5000")
@@ -115,6 +116,29 @@ def test_whatever_is_accepted_is_https_at_a_trusted_host(scheme: str, user: str,
 def test_no_realm_raises_anything_else(realm: str) -> None:
     with contextlib.suppress(RealmRefused):
         check_realm(realm, HTTPS, [])
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint", "token_hosts", "allowed"),
+    [
+        pytest.param("https://registry.test/v2/a", HTTPS, [], True, id="own-origin"),
+        pytest.param("https://registry.test:443/v2/a", HTTPS, [], True, id="own-origin-spelt-out"),
+        pytest.param("http://registry.test:5000/v2/a", PLAIN, [], True, id="plain-own-origin"),
+        pytest.param("https://auth.test/token", HTTPS, ["auth.test"], True, id="listed"),
+        pytest.param("https://auth.test/token", PLAIN, ["auth.test"], True, id="listed-and-better-than-plain"),
+        pytest.param("https://cdn.test/blob", HTTPS, [], False, id="another-host"),
+        pytest.param("https://registry.test:8443/v2/a", HTTPS, [], False, id="another-port"),
+        pytest.param("http://registry.test/v2/a", HTTPS, [], False, id="downgrade"),
+        pytest.param("http://registry.test:443/v2/a", HTTPS, [], False, id="downgrade-on-the-same-port"),
+        pytest.param("http://auth.test/token", HTTPS, ["auth.test"], False, id="downgrade-of-listed"),
+        pytest.param("https://registry.test:5000/v2/a", PLAIN, [], False, id="another-scheme-is-another-origin"),
+        pytest.param("https://sub.registry.test/", HTTPS, ["registry.test"], False, id="subdomain"),
+        pytest.param("https://registry.test.evil.test/", HTTPS, ["registry.test"], False, id="suffix"),
+        pytest.param("https://auth.test:8443/token", HTTPS, ["auth.test"], False, id="another-port-of-listed"),
+    ],
+)
+def test_where_what_proves_who_asks_may_go(url: str, endpoint: URL, token_hosts: list[str], allowed: bool) -> None:
+    assert may_carry(URL(url), endpoint, token_hosts) is allowed
 
 
 def answer(**document: object) -> bytes:
@@ -383,6 +407,89 @@ async def test_a_challenge_is_expected_again_for_that_repository_only(tokens: To
     assert tokens.expected(PLAIN, APP) is None
     clock.now += 24 * 3600 + 1
     assert tokens.expected(HTTPS, APP) is None
+
+
+@pytest.mark.parametrize("challenge", [BEARER, Basic()])
+async def test_either_kind_of_challenge_is_expected_again(tokens: Tokens, challenge: Bearer | Basic) -> None:
+    tokens.expect(HTTPS, APP, challenge)
+    assert tokens.expected(HTTPS, APP) == challenge
+
+
+# --- whose tokens ---
+
+USER, OTHER_USER = Credential("user", "p1", source="a file"), Credential("user", "p2", source="a file")
+
+
+async def test_a_token_is_for_the_credential_that_it_was_given_to(tokens: Tokens) -> None:
+    server = TokenServer()
+    given = [await tokens.get(REALM, BEARER, APP, server, whose) for whose in (None, USER, OTHER_USER) for _ in range(2)]
+    assert given == ["t1", "t1", "t2", "t2", "t3", "t3"]
+    same = Credential("user", "p1", source="another file", registry="x")
+    assert await tokens.get(REALM, BEARER, APP, server, same) == "t2", "wherever it is from"
+    assert await tokens.get(REALM, BEARER, OTHER, server, USER) == "t4"
+
+
+async def test_the_failure_of_a_credential_is_its_own_and_the_answer_for_ten_seconds(tokens: Tokens, clock: Clock) -> None:
+    """Its owner may just have been given the right."""
+    server = TokenServer()
+    server.failure = CredentialRefused("wrong")
+    for _ in range(3):
+        with pytest.raises(CredentialRefused, match="wrong"):
+            await tokens.get(REALM, BEARER, APP, server, USER)
+    assert len(server.asked) == 1
+    server.failure = None
+    assert await tokens.get(REALM, BEARER, APP, server) == "t2"
+    assert await tokens.get(REALM, BEARER, APP, server, OTHER_USER) == "t3"
+    clock.now += 9.9
+    with pytest.raises(CredentialRefused):
+        await tokens.get(REALM, BEARER, APP, server, USER)
+    clock.now += 0.2
+    assert await tokens.get(REALM, BEARER, APP, server, USER) == "t4"
+
+
+@pytest.mark.parametrize(("whose", "seconds"), [(None, 60.0), (USER, 10.0)])
+async def test_a_fresh_token_that_the_registry_refuses_is_not_asked_for_again_at_once(
+    tokens: Tokens, clock: Clock, whose: Credential | None, seconds: float
+) -> None:
+    server = TokenServer()
+    assert await tokens.get(REALM, BEARER, APP, server, whose) == "t1"
+    tokens.refuse(REALM, BEARER, APP, Denied("not with that"), whose)
+    clock.now += seconds - 0.1
+    with pytest.raises(Denied, match="not with that"):
+        await tokens.get(REALM, BEARER, APP, server, whose)
+    clock.now += 0.2
+    tokens.drop("t1")
+    assert await tokens.get(REALM, BEARER, APP, server, whose) == "t2"
+
+
+async def test_what_a_credential_was_given_and_refused_is_forgotten_with_it(tokens: Tokens) -> None:
+    server = TokenServer()
+    anonymous = await tokens.get(REALM, BEARER, APP, server)
+    others = await tokens.get(REALM, BEARER, APP, server, OTHER_USER)
+    assert await tokens.get(REALM, BEARER, APP, server, USER) == "t3"
+    server.failure = CredentialRefused("wrong")
+    with pytest.raises(CredentialRefused):
+        await tokens.get(REALM, BEARER, OTHER, server, USER)
+    server.failure = None
+    tokens.forget(Credential("user", "p1"))
+    assert await tokens.get(REALM, BEARER, APP, server, USER) == "t5"
+    assert await tokens.get(REALM, BEARER, OTHER, server, USER) == "t6"
+    assert await tokens.get(REALM, BEARER, APP, server) == anonymous
+    assert await tokens.get(REALM, BEARER, APP, server, OTHER_USER) == others
+
+
+async def test_what_a_credential_was_given_for_one_repository_can_be_renounced(tokens: Tokens) -> None:
+    server = TokenServer()
+    for whose in (None, USER):
+        for repository in (APP, OTHER):
+            await tokens.get(REALM, BEARER, repository, server, whose)
+    tokens.renounce(APP, USER)
+    assert await tokens.get(REALM, BEARER, APP, server, USER) == "t5"
+    assert await tokens.get(REALM, BEARER, OTHER, server, USER) == "t4"
+    assert await tokens.get(REALM, BEARER, APP, server) == "t1"
+    tokens.renounce(APP, None)
+    assert await tokens.get(REALM, BEARER, APP, server) == "t6"
+    assert await tokens.get(REALM, BEARER, APP, server, USER) == "t5"
 
 
 async def test_one_upstreams_tokens_are_unknown_to_another(clock: Clock) -> None:

@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from proxy.manifests import OCI_MANIFEST, Descriptor, Manifest
+from proxy.credentials.credential import Proof
+from proxy.manifests import OCI_INDEX, OCI_MANIFEST, Descriptor, Manifest
 from proxy.names import Digest, Repository, Tag, digest_of
 from proxy.storage import catalog as module
+from proxy.storage.base import Origin
 from proxy.storage.catalog import SCHEMA_VERSION, Catalog, CatalogTooNew, Listed, Tagged
 
 UP, REPO, TAG, ACCEPT = "registry.test", Repository("team/app"), Tag("1"), "modern"
 LAYER, OLD, NEW, OTHER = (digest_of(name) for name in (b"layer", b"old", b"new", b"other"))
 MANIFEST = Manifest(OCI_MANIFEST, (Descriptor(LAYER, 5),))
+ELSEWHERE = Repository("team/other")
+PUBLIC, OURS, THEIRS = (Origin(UP, REPO, proof) for proof in ("anonymous", "secret", "client"))
 PATIENCE = 3.0
 
 
@@ -41,7 +45,8 @@ def test_what_was_written_is_there_after_reopening(path: Path) -> None:
     catalog = Catalog.open(path)
     catalog.add(OLD, 3, MANIFEST)
     catalog.add(LAYER, 5)
-    catalog.link(UP, REPO, OLD)
+    catalog.link(PUBLIC, OLD)
+    catalog.link(Origin(UP, ELSEWHERE, "secret"), OLD)
     catalog.set_tag(UP, REPO, TAG, ACCEPT, OLD, 1.5)
     catalog.close()  # commits what is queued
     catalog = Catalog.open(path)
@@ -49,35 +54,161 @@ def test_what_was_written_is_there_after_reopening(path: Path) -> None:
         assert catalog.digests() == {OLD: 3, LAYER: 5}
         assert (catalog.blob(OLD), catalog.blob(LAYER), catalog.blob(NEW)) == ((3, OCI_MANIFEST), (5, None), None)
         assert catalog.tag(UP, REPO, TAG, ACCEPT) == Tagged(OLD, 1.5)
-        assert catalog.provenance(OLD) == ([(UP, REPO)], [(UP, REPO, TAG, ACCEPT, 1.5)])
+        links, tags = catalog.provenance(OLD)
+        assert sorted(links) == [(UP, REPO, "anonymous"), (UP, ELSEWHERE, "secret")]
+        assert tags == [(UP, REPO, TAG, ACCEPT, 1.5)]
     finally:
         catalog.close()
 
 
-def test_a_link_covers_what_the_manifest_names_and_nothing_else(catalog: Catalog) -> None:
-    done(catalog.add(OLD, 3, MANIFEST), catalog.link(UP, REPO, OLD))
-    assert catalog.is_linked(UP, REPO, OLD)
-    assert catalog.is_linked(UP, REPO, LAYER)
-    assert not catalog.is_linked(UP, REPO, NEW)
-    assert not catalog.is_linked(UP, Repository("team/other"), LAYER)
-    assert not catalog.is_linked("other.test", REPO, LAYER)
+def is_linked(catalog: Catalog, digest: Digest, repository: Repository = REPO, upstream: str = UP) -> bool:
+    """Whether anybody who may read the repository may read this."""
+    return catalog.is_linked(upstream, repository, digest, public=False)
+
+
+def is_named(catalog: Catalog, digest: Digest, repository: Repository = REPO, upstream: str = UP) -> bool:
+    return catalog.is_named(upstream, repository, digest, public=False)
+
+
+def test_a_link_is_to_a_manifest_and_what_that_names_is_named_and_nothing_else(catalog: Catalog) -> None:
+    done(catalog.add(OLD, 3, MANIFEST), catalog.link(PUBLIC, OLD))
+    assert (is_linked(catalog, OLD), is_named(catalog, OLD)) == (True, False)
+    assert (is_linked(catalog, LAYER), is_named(catalog, LAYER)) == (False, True), "who names it need not have read it"
+    assert not is_linked(catalog, NEW)
+    assert not is_named(catalog, NEW)
+    for repository, upstream in ((ELSEWHERE, UP), (REPO, "other.test")):
+        assert not is_linked(catalog, OLD, repository, upstream)
+        assert not is_named(catalog, LAYER, repository, upstream)
 
 
 def test_content_that_is_removed_stays_proved(catalog: Catalog) -> None:
-    done(catalog.add(OLD, 3, MANIFEST), catalog.link(UP, REPO, OLD), catalog.add(LAYER, 5), catalog.remove(LAYER))
+    done(catalog.add(OLD, 3, MANIFEST), catalog.link(PUBLIC, OLD), catalog.add(LAYER, 5), catalog.link(PUBLIC, LAYER))
+    done(catalog.remove(LAYER))
     assert catalog.blob(LAYER) is None
-    assert catalog.is_linked(UP, REPO, LAYER)
+    assert is_linked(catalog, LAYER)
+    assert is_named(catalog, LAYER)
     assert catalog.stated_size(UP, REPO, LAYER) == 5
 
 
+# --- to whom it was given ---
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (["anonymous"], "anonymous"),
+        (["secret"], "secret"),
+        (["client"], "client"),
+        (["client", "secret"], "secret"),
+        (["secret", "client"], "secret"),
+        (["client", "anonymous"], "anonymous"),
+        (["secret", "anonymous"], "anonymous"),
+        (["anonymous", "client"], "anonymous"),
+        (["anonymous", "secret"], "anonymous"),
+        (["client", "secret", "anonymous", "client", "secret"], "anonymous"),
+    ],
+)
+def test_a_link_has_the_proof_that_asks_least_of_a_reader(catalog: Catalog, given: list[Proof], kept: Proof) -> None:
+    done(catalog.add(OLD, 3, MANIFEST), *(catalog.link(Origin(UP, REPO, proof), OLD) for proof in given))
+    assert catalog.provenance(OLD)[0] == [(UP, REPO, kept)]
+
+
+@pytest.mark.parametrize(("proof", "public"), [("anonymous", True), ("secret", False), ("client", False)])
+def test_what_is_public_satisfies_everybody_and_the_rest_only_who_was_proved(
+    catalog: Catalog, proof: Proof, public: bool
+) -> None:
+    origin = Origin(UP, REPO, proof)
+    done(catalog.add(OLD, 3, MANIFEST), catalog.link(origin, OLD), catalog.set_referrers(origin, OLD, b"x", 1.0))
+    assert catalog.is_linked(UP, REPO, OLD, public=True) is public
+    assert catalog.is_named(UP, REPO, LAYER, public=True) is public
+    assert (catalog.referrers(UP, REPO, OLD, public=True) is not None) is public
+    assert catalog.is_public(OLD) is public
+    assert catalog.is_linked(UP, REPO, OLD, public=False)
+    assert catalog.is_named(UP, REPO, LAYER, public=False)
+    assert catalog.referrers(UP, REPO, OLD, public=False) == Listed(b"x", 1.0)
+
+
+def test_content_is_public_if_any_registry_gave_it_to_the_anonymous(catalog: Catalog) -> None:
+    """A layer that is public somewhere: that it is in the private repository too needs the link all the same."""
+    done(catalog.link(OURS, LAYER), catalog.link(Origin("other.test", ELSEWHERE, "anonymous"), LAYER))
+    assert catalog.is_public(LAYER)
+    assert not catalog.is_linked(UP, REPO, LAYER, public=True)
+    assert not catalog.is_linked(UP, ELSEWHERE, LAYER, public=False)
+
+
+def test_what_was_given_is_known_by_proof_and_repository(catalog: Catalog) -> None:
+    done(catalog.link(PUBLIC, OLD), catalog.link(PUBLIC, LAYER), catalog.link(OURS, NEW))
+    assert set(catalog.linked(UP, REPO, "anonymous")) == {OLD, LAYER}
+    assert catalog.linked(UP, REPO, "secret") == [NEW]
+    assert catalog.was_given(UP, REPO, "anonymous")
+    assert catalog.was_given(UP, REPO, "secret")
+    assert not catalog.was_given(UP, REPO, "client")
+    assert not catalog.was_given(UP, ELSEWHERE, "anonymous")
+    assert not catalog.was_given("other.test", REPO, "anonymous")
+
+
+def test_what_is_withdrawn_is_of_one_proof_of_one_repository(catalog: Catalog) -> None:
+    others = [Origin(UP, ELSEWHERE, "secret"), Origin("other.test", REPO, "secret")]
+    done(*(catalog.link(origin, LAYER) for origin in (OURS, *others)), catalog.link(PUBLIC, OLD), catalog.link(THEIRS, NEW))
+    done(*(catalog.set_referrers(origin, LAYER, b"x", 1.0) for origin in (OURS, *others)))
+    done(catalog.set_referrers(PUBLIC, OLD, b"y", 1.0), catalog.withdraw(UP, REPO, "secret"))
+    assert not is_linked(catalog, LAYER)
+    assert catalog.referrers(UP, REPO, LAYER, public=False) is None
+    assert not catalog.was_given(UP, REPO, "secret")
+    assert (is_linked(catalog, OLD), is_linked(catalog, NEW)) == (True, True)
+    assert catalog.referrers(UP, REPO, OLD, public=True) == Listed(b"y", 1.0)
+    for origin in others:
+        assert is_linked(catalog, LAYER, origin.repository, origin.upstream)
+        assert catalog.referrers(origin.upstream, origin.repository, LAYER, public=False) == Listed(b"x", 1.0)
+
+
+# --- content whose links are lost ---
+
+
+def test_what_only_public_manifests_name_is_public_again(catalog: Catalog) -> None:
+    public_elsewhere = Origin("other.test", ELSEWHERE, "anonymous")
+    done(catalog.add(OLD, 3, MANIFEST), catalog.link(PUBLIC, OLD))
+    done(catalog.add(NEW, 3, MANIFEST), catalog.link(public_elsewhere, NEW))
+    done(catalog.add(LAYER, 5), catalog.share([LAYER, OTHER]))
+    assert catalog.is_linked(UP, REPO, LAYER, public=True)
+    assert catalog.is_linked("other.test", ELSEWHERE, LAYER, public=True)
+    assert set(catalog.linked(UP, REPO, "anonymous")) == {OLD, LAYER}
+    assert not catalog.is_public(OTHER), "nothing names it"
+
+
+@pytest.mark.parametrize("proof", ["secret", "client"])
+def test_what_a_private_manifest_names_stays_private(catalog: Catalog, proof: Proof) -> None:
+    """Whoever can write a public manifest can name the blob in it."""
+    done(catalog.add(OLD, 3, MANIFEST), catalog.link(Origin(UP, REPO, proof), OLD))
+    done(catalog.add(NEW, 3, MANIFEST), catalog.link(Origin(UP, ELSEWHERE, "anonymous"), NEW))
+    done(catalog.add(LAYER, 5), catalog.share([LAYER]))
+    assert not catalog.is_public(LAYER)
+    assert not is_linked(catalog, LAYER)
+    assert not is_linked(catalog, LAYER, ELSEWHERE)
+
+
+@pytest.mark.parametrize("proof", ["secret", "client"])
+def test_what_is_linked_as_private_itself_stays_private_whoever_names_it(catalog: Catalog, proof: Proof) -> None:
+    """A private manifest is named by no other; a public index that names it must not make it readable there."""
+    index = Manifest(OCI_INDEX, (Descriptor(OLD, 3),))
+    done(catalog.add(OLD, 3, MANIFEST), catalog.link(Origin(UP, REPO, proof), OLD))
+    done(catalog.add(NEW, 3, index), catalog.link(Origin(UP, ELSEWHERE, "anonymous"), NEW), catalog.share([OLD, NEW]))
+    assert not catalog.is_public(OLD)
+    assert not is_linked(catalog, OLD, ELSEWHERE)
+
+
+def test_what_is_linked_already_is_shared_no_second_time(catalog: Catalog) -> None:
+    done(catalog.add(OLD, 3, MANIFEST), catalog.link(PUBLIC, OLD), catalog.link(PUBLIC, LAYER), catalog.share([LAYER]))
+    assert catalog.provenance(LAYER)[0] == [(UP, REPO, "anonymous")]
+
+
 def test_a_size_that_manifests_of_the_repository_disagree_about_is_not_stated(catalog: Catalog) -> None:
-    elsewhere = Repository("team/other")
     done(catalog.add(OLD, 3, MANIFEST), catalog.add(OTHER, 3, Manifest(OCI_MANIFEST, (Descriptor(LAYER, 6),))))
     assert catalog.stated_size(UP, REPO, LAYER) is None
-    done(catalog.link(UP, REPO, OLD), catalog.link(UP, elsewhere, OTHER))
-    assert (catalog.stated_size(UP, REPO, LAYER), catalog.stated_size(UP, elsewhere, LAYER)) == (5, 6)
-    done(catalog.link(UP, REPO, OTHER))
-    assert (catalog.stated_size(UP, REPO, LAYER), catalog.stated_size(UP, elsewhere, LAYER)) == (None, 6)
+    done(catalog.link(PUBLIC, OLD), catalog.link(Origin(UP, ELSEWHERE, "anonymous"), OTHER))
+    assert (catalog.stated_size(UP, REPO, LAYER), catalog.stated_size(UP, ELSEWHERE, LAYER)) == (5, 6)
+    done(catalog.link(OURS, OTHER))
+    assert (catalog.stated_size(UP, REPO, LAYER), catalog.stated_size(UP, ELSEWHERE, LAYER)) == (None, 6)
 
 
 def test_content_seen_again_as_a_blob_stays_a_manifest(catalog: Catalog) -> None:
@@ -150,7 +281,7 @@ Bad = Callable[[Catalog], Future[None]]
 BAD: dict[str, Bad] = {
     "refused by the database": lambda catalog: catalog.add(OTHER, None),  # type: ignore[arg-type]
     "not storable": lambda catalog: catalog.add(OTHER, 2**63),
-    "not text": lambda catalog: catalog.link("\ud800", REPO, OTHER),
+    "not text": lambda catalog: catalog.link(Origin("\ud800", REPO, "anonymous"), OTHER),
 }
 
 
@@ -228,33 +359,77 @@ def test_a_file_that_is_no_database_is_an_error_that_names_it_so(path: Path) -> 
     assert path.read_bytes() == b"garbage" * 1000
 
 
+def referrers(catalog: Catalog, subject: Digest, repository: Repository = REPO, upstream: str = UP) -> Listed | None:
+    return catalog.referrers(upstream, repository, subject, public=True)
+
+
 def test_referrers_are_what_was_last_said_of_each_subject(catalog: Catalog) -> None:
-    done(catalog.set_referrers(UP, REPO, OLD, b"one", 1.0), catalog.set_referrers(UP, REPO, OLD, b"two", 2.0))
-    done(catalog.set_referrers(UP, Repository("team/other"), OLD, b"three", 1.0))
-    assert catalog.referrers(UP, REPO, OLD) == Listed(b"two", 2.0)
-    assert catalog.referrers(UP, Repository("team/other"), OLD) == Listed(b"three", 1.0)
-    assert catalog.referrers(UP, REPO, NEW) is None
-    assert catalog.referrers("other.test", REPO, OLD) is None
+    done(catalog.set_referrers(PUBLIC, OLD, b"one", 1.0), catalog.set_referrers(PUBLIC, OLD, b"two", 2.0))
+    done(catalog.set_referrers(Origin(UP, ELSEWHERE, "anonymous"), OLD, b"three", 1.0))
+    assert referrers(catalog, OLD) == Listed(b"two", 2.0)
+    assert referrers(catalog, OLD, ELSEWHERE) == Listed(b"three", 1.0)
+    assert referrers(catalog, NEW) is None
+    assert referrers(catalog, OLD, upstream="other.test") is None
+
+
+def test_referrers_that_were_said_to_some_replace_what_was_said_to_all(catalog: Catalog) -> None:
+    """What is said last holds; the anonymous are then told nothing, rather than what is not for them."""
+    done(catalog.set_referrers(PUBLIC, OLD, b"one", 1.0), catalog.set_referrers(THEIRS, OLD, b"two", 2.0))
+    assert referrers(catalog, OLD) is None
+    assert catalog.referrers(UP, REPO, OLD, public=False) == Listed(b"two", 2.0)
 
 
 def test_the_oldest_lists_of_referrers_give_way(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_LISTS", 3)
     subjects = [digest_of(bytes([number])) for number in range(5)]
-    done(*(catalog.set_referrers(UP, REPO, subject, b"x", float(number)) for number, subject in enumerate(subjects)))
-    assert [subject for subject in subjects if catalog.referrers(UP, REPO, subject)] == subjects[2:]
+    done(*(catalog.set_referrers(PUBLIC, subject, b"x", float(number)) for number, subject in enumerate(subjects)))
+    assert [subject for subject in subjects if referrers(catalog, subject)] == subjects[2:]
+
+
+def of_schema(path: Path, version: int, *statements: str) -> None:
+    """A database as the version of that time has left it."""
+    steps = (module._SCHEMA_1, module._SCHEMA_2)[:version]
+    connection = sqlite3.connect(path)
+    connection.executescript(f"BEGIN; {' '.join(steps)} PRAGMA user_version = {version}; COMMIT;")
+    for statement in statements:
+        connection.execute(statement)
+    connection.commit()
+    connection.close()
 
 
 def test_a_database_of_the_first_schema_is_brought_up_to_date_and_keeps_what_it_says(path: Path) -> None:
-    connection = sqlite3.connect(path)
-    connection.executescript(f"BEGIN; {module._SCHEMA_1} PRAGMA user_version = 1; COMMIT;")
-    connection.execute("INSERT INTO blobs VALUES (?, 5, NULL)", (str(LAYER),))
-    connection.commit()
-    connection.close()
+    of_schema(path, 1, f"INSERT INTO blobs VALUES ('{LAYER}', 5, NULL)")
     for _ in range(2):
         catalog = Catalog.open(path)
         try:
             assert catalog.digests() == {LAYER: 5}
-            done(catalog.set_referrers(UP, REPO, LAYER, b"x", 1.0))
-            assert catalog.referrers(UP, REPO, LAYER) == Listed(b"x", 1.0)
+            done(catalog.set_referrers(PUBLIC, LAYER, b"x", 1.0))
+            assert referrers(catalog, LAYER) == Listed(b"x", 1.0)
         finally:
             catalog.close()
+
+
+def test_links_and_referrers_from_before_there_were_proofs_are_public(path: Path) -> None:
+    """Everything was asked for anonymously then."""
+    of_schema(
+        path,
+        2,
+        f"INSERT INTO blobs VALUES ('{OLD}', 3, '{OCI_MANIFEST}')",
+        f"INSERT INTO children VALUES ('{OLD}', '{LAYER}', 5)",
+        f"INSERT INTO links VALUES ('{OLD}', '{UP}', '{REPO}')",
+        f"INSERT INTO tags VALUES ('{UP}', '{REPO}', '{TAG}', '{ACCEPT}', '{OLD}', 1.5)",
+        f"INSERT INTO referrers VALUES ('{UP}', '{REPO}', '{OLD}', x'78', 1.0)",
+    )
+    for _ in range(2):
+        catalog = Catalog.open(path)
+        try:
+            assert catalog.provenance(OLD) == ([(UP, REPO, "anonymous")], [(UP, REPO, TAG, ACCEPT, 1.5)])
+            assert catalog.is_linked(UP, REPO, OLD, public=True)
+            assert catalog.is_named(UP, REPO, LAYER, public=True)
+            assert referrers(catalog, OLD) == Listed(b"x", 1.0)
+            assert pointed(catalog) == Tagged(OLD, 1.5)
+        finally:
+            catalog.close()
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+    connection.close()

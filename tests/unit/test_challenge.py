@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.upstream.challenge import Bearer, Challenge, find_bearer, parse_challenges
+from proxy.upstream.challenge import Basic, Bearer, Challenge, find_challenge, parse_challenges
 
 HUB = 'Bearer realm="https://auth.docker.io/token",service="registry.docker.io",scope="repository:library/debian:pull"'
 
@@ -89,7 +89,7 @@ def test_every_line_counts() -> None:
 
 
 def test_a_line_that_cannot_be_read_does_not_hide_the_next() -> None:
-    assert find_bearer(['Bearer realm="unclosed', "@@@", "x" * 100_000, HUB]) is not None
+    assert find_challenge(['Bearer realm="unclosed', "@@@", "x" * 100_000, HUB]) is not None
 
 
 @pytest.mark.parametrize(
@@ -108,13 +108,16 @@ def test_a_line_that_cannot_be_read_does_not_hide_the_next() -> None:
         (['Bearer realm="a",scope=""'], Bearer("a", "", ())),
         (['Bearer realm=""', "Bearer realm=b"], Bearer("b", "", ())),
         (["Bearer", "Bearer service=a"], None),
-        (['Basic realm="a"'], None),
+        (["Bearer", 'Basic realm="a"'], Basic()),
+        (['Basic realm="a"'], Basic()),
+        (["basic"], Basic()),
+        (["Negotiate abcdef==", 'Digest realm="a", nonce="b"'], None),
         (["Negotiate abcdef=="], None),
         ([], None),
     ],
 )
-def test_bearer_is_preferred_to_any_other(lines: list[str], expected: Bearer | None) -> None:
-    assert find_bearer(lines) == expected
+def test_bearer_is_preferred_to_any_other(lines: list[str], expected: Bearer | Basic | None) -> None:
+    assert find_challenge(lines) == expected
 
 
 PIECES = st.lists(
@@ -152,7 +155,7 @@ def test_no_header_raises_and_names_are_lower_case(lines: list[str]) -> None:
         assert challenge.scheme.isascii()
         assert challenge.scheme == challenge.scheme.lower()
         assert all(name == name.lower() for name in challenge.parameters)
-    find_bearer(lines)
+    find_challenge(lines)
 
 
 TOKEN = st.text("abcXYZ019!#$%&'*+.^_`|~-", min_size=1, max_size=8)

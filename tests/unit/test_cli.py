@@ -28,6 +28,7 @@ upstreams:
 - {name: "corp.test:5000", pathPrefix: corp, timeouts: {head: 1500ms}, caFile: /ca.pem, allowAddresses: [10.0.0.0/8]}
 log: {level: debug}
 admin: ":7"
+adminListener: {tokenFile: /token}
 cache: {directory: /old, maxBlobSize: 1Gi}
 """
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from proxy.config import PUBLIC_REGISTRIES, Config, ConfigError, keys, load, validate
+from proxy.config import PUBLIC_REGISTRIES, Config
+from proxy.configfile import ConfigError, keys, load, validate
 from proxy.values import Address, parse_duration, parse_quantity
 
 
@@ -148,9 +149,9 @@ def test_an_unknown_key_is_refused_with_what_was_meant(raw: object, path: str, h
 @pytest.mark.parametrize(
     ("raw", "path", "hint"),
     [
-        ({"upstreams": []}, "upstreams", "at least 1"),
-        ({"upstreams": None}, "upstreams", "list"),
-        ({"upstreams": [{}]}, "upstreams[0].name", "required"),
+        ({"upstreams": []}, "upstreams", "at least one is needed"),
+        ({"upstreams": None}, "upstreams", "a list is needed"),
+        ({"upstreams": [{}]}, "upstreams[0].name", "is needed"),
         (one(endpoints=[]), "upstreams[0]", "endpoints: at least one"),
         (one(pathPrefix="a/b"), "upstreams[0].pathPrefix", "one component"),
         (one(pathPrefix=""), "upstreams[0].pathPrefix", "one component"),
@@ -159,19 +160,43 @@ def test_an_unknown_key_is_refused_with_what_was_meant(raw: object, path: str, h
         (one(clientCertFile=["/c"]), "upstreams[0].clientCertFile", "path"),
         (one(clientCrtFile="/c"), "upstreams[0].clientCrtFile", "did you mean 'clientCertFile'"),
         (one(httpsProxy="http://a.test"), "upstreams[0].httpsProxy", "did you mean 'httpProxy'"),
-        (one(timeouts={"endpoint": "0s"}), "upstreams[0].timeouts.endpoint", "greater than 0"),
-        (one(timeouts={"head": "0s"}), "upstreams[0].timeouts.head", "greater than 0"),
+        (one(timeouts={"endpoint": "0s"}), "upstreams[0].timeouts.endpoint", "more than 0 is needed"),
+        (one(timeouts={"head": "0s"}), "upstreams[0].timeouts.head", "more than 0 is needed"),
         (one(timeouts={"head": "2h"}), "upstreams[0].timeouts.head", "3600"),
         (one(allowAddresses=["10.0.0.0/33"]), "upstreams[0].allowAddresses[0]", ""),
         ({"log": {"level": "INFO"}}, "log.level", "'info'"),
-        ({"cache": []}, "cache", "dictionary"),
-        ([], "", "dictionary"),
-        ("text", "", "dictionary"),
+        ({"log": {"level": 5}}, "log.level", "'info'"),
+        ({"defaultUpstream": 5}, "defaultUpstream", "a text is needed"),
+        (one(insecureSkipVerify="perhaps"), "upstreams[0].insecureSkipVerify", "true or false is needed"),
+        (one(insecureSkipVerify=None), "upstreams[0].insecureSkipVerify", "true or false is needed"),
+        (one(tokenHosts="auth.test"), "upstreams[0].tokenHosts", "a list is needed; write [..., ...]"),
+        ({"cache": {"maxBlobSize": 0}}, "cache.maxBlobSize", "more than 0 is needed"),
+        ({"cache": {"maxBlobSize": "0Gi"}}, "cache.maxBlobSize", "more than 0 is needed"),
+        ({"upstreams": ["docker.io"]}, "upstreams[0]", "keys are needed below it; write for example '- name: docker.io'"),
     ],
 )
 def test_a_fault_names_its_key(raw: object, path: str, hint: str) -> None:
     faults = faults_of(raw)
-    assert any(fault.startswith(path) and hint in fault for fault in faults), faults
+    assert any(fault.startswith(f"{path}: ") and hint in fault for fault in faults), faults
+
+
+@pytest.mark.parametrize(
+    ("raw", "path"),
+    [
+        ({"cache": []}, "cache"),
+        ({"cache": 5}, "cache"),
+        ({"log": "text"}, "log"),
+        (one(timeouts="5s"), "upstreams[0].timeouts"),
+        (one(timeouts=None), "upstreams[0].timeouts"),
+    ],
+)
+def test_what_has_no_keys_below_it_is_said_plainly(raw: object, path: str) -> None:
+    assert faults_of(raw) == [f"{path}: keys are needed below it"]
+
+
+@pytest.mark.parametrize("raw", [[], ["docker.io"], "text", 5])
+def test_a_file_that_holds_no_keys_is_said_plainly(raw: object) -> None:
+    assert faults_of(raw) == ["the file must be keys and values; write for example 'listen: 127.0.0.1:5000'"]
 
 
 @pytest.mark.parametrize(
@@ -219,6 +244,20 @@ def test_a_name_that_is_no_registry_is_refused(name: object) -> None:
 )
 def test_an_endpoint_that_is_none_is_refused(endpoint: object) -> None:
     assert any(fault.startswith("upstreams[0].endpoints[0]") for fault in faults_of(one(endpoints=[endpoint])))
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["https://corp.test/v2", "https://corp.test/v2/", "https://corp.test/mirror/v2", "https://corp.test/v2//"]
+)
+def test_an_endpoint_does_not_end_in_what_is_added_to_it(endpoint: str) -> None:
+    """It would be asked for ``/v2/v2/``, and answer 404 to everything."""
+    (fault,) = faults_of(one(endpoints=[endpoint]))
+    assert fault == "upstreams[0].endpoints[0]: leave out /v2, which is added: a path P is asked as /P/v2/NAME"
+
+
+@pytest.mark.parametrize("endpoint", ["https://corp.test/myv2", "https://corp.test/v2/mirror", "https://v2"])
+def test_an_endpoint_may_have_v2_elsewhere(endpoint: str) -> None:
+    assert validate(one(endpoints=[endpoint])).upstreams[0].endpoints == [endpoint]
 
 
 def test_an_endpoint_with_a_path_is_kept_without_its_last_slash() -> None:
@@ -323,6 +362,9 @@ def test_each_endpoint_that_is_wrong_is_named() -> None:
         "100.64.0.1",
         "[::ffff:10.0.0.1]",
         "0.0.0.0",
+        "localhost",
+        "LOCALHOST",
+        "registry.localhost",
     ],
 )
 def test_a_private_endpoint_has_to_be_meant(host: str) -> None:
@@ -332,7 +374,17 @@ def test_a_private_endpoint_has_to_be_meant(host: str) -> None:
     assert validate(one(endpoints=[f"http://{host}:5000"], allowAddresses=[hint])), "the hint is what to write"
 
 
-@pytest.mark.parametrize("host", ["8.8.8.8", "[2606:4700::1111]", "corp.test"])
+def test_localhost_is_refused_like_its_address() -> None:
+    by_name, by_address = (faults_of(one(endpoints=[f"http://{host}:5000"])) for host in ("localhost", "127.0.0.1"))
+    assert by_name == [fault.replace("127.0.0.1 is", "localhost is") for fault in by_address]
+
+
+@pytest.mark.parametrize("network", ["127.0.0.0/8", "::1"])
+def test_either_address_of_localhost_is_enough(network: str) -> None:
+    assert validate(one(endpoints=["http://localhost:5000"], allowAddresses=[network]))
+
+
+@pytest.mark.parametrize("host", ["8.8.8.8", "[2606:4700::1111]", "corp.test", "localhost.test"])
 def test_a_public_endpoint_needs_no_permission(host: str) -> None:
     assert validate(one(endpoints=[f"https://{host}"]))
 
@@ -340,8 +392,6 @@ def test_a_public_endpoint_needs_no_permission(host: str) -> None:
 @pytest.mark.parametrize(
     "upstreams",
     [
-        [{"name": "a.test"}, {"name": "a.test"}],
-        [{"name": "docker.io"}, {"name": "index.docker.io"}],
         [{"name": "a.test"}, {"name": "b.test", "pathPrefix": "a.test"}],
         [{"name": "a.test", "pathPrefix": "x"}, {"name": "b.test", "pathPrefix": "x"}],
         [{"name": "a.test:1"}, {"name": "b.test", "pathPrefix": "a.test_1"}],
@@ -351,9 +401,55 @@ def test_two_upstreams_of_one_form_clash(upstreams: list[dict[str, str]]) -> Non
     assert any("means both" in fault and fault.startswith("upstreams") for fault in faults_of({"upstreams": upstreams}))
 
 
-def test_any_free_port_is_no_clash() -> None:
-    assert validate({"listen": "127.0.0.1:0", "admin": "127.0.0.1:0"})
-    assert faults_of({"listen": ":5000", "admin": ":5000"})
+@pytest.mark.parametrize("second", [{"name": "a.test:1"}, {"name": "a.test:1", "pathPrefix": "x"}])
+def test_an_upstream_that_stands_twice_is_said_once(second: dict[str, str]) -> None:
+    assert faults_of({"upstreams": [{"name": "a.test:1"}, second]}) == ["upstreams: a.test:1 stands twice; remove one"]
+
+
+@pytest.mark.parametrize("alias", ["index.docker.io", "registry-1.docker.io"])
+def test_docker_hub_stands_twice_under_another_name_too(alias: str) -> None:
+    (fault,) = faults_of({"upstreams": [{"name": "docker.io"}, {"name": alias}]})
+    assert fault.startswith("upstreams: docker.io stands twice (")
+    assert alias in fault
+
+
+@pytest.mark.parametrize(
+    ("listen", "admin"),
+    [
+        ("127.0.0.1:5000", "127.0.0.1:5000"),
+        (":5000", ":5000"),
+        (":5000", "127.0.0.1:5000"),
+        ("127.0.0.1:5000", ":5000"),
+        ("0.0.0.0:5000", "127.0.0.1:5000"),
+        ("10.0.0.1:5000", "0.0.0.0:5000"),
+        ("[::]:5000", "[::1]:5000"),
+        ("0.0.0.0:5001", None),
+        (None, ":5000"),
+    ],
+)
+def test_one_port_for_clients_and_admin_is_refused(listen: str | None, admin: str | None) -> None:
+    """Every host is among the hosts; what is not written is the default. Other faults do not hide it."""
+    given: dict[str, object] = {key: value for key, value in (("listen", listen), ("admin", admin)) if value is not None}
+    given |= {"adminListener": {"tokenFile": "/token"}}
+    (fault,) = faults_of(given)
+    assert fault.startswith("admin: ")
+    assert "are one port; give admin a port of its own" in fault
+    assert fault in faults_of({**given, "log": {"level": "loud"}})
+
+
+@pytest.mark.parametrize(
+    ("listen", "admin"),
+    [
+        ("127.0.0.1:0", "127.0.0.1:0"),
+        (":0", ":0"),
+        ("0.0.0.0:0", "127.0.0.1:0"),
+        (":5000", ":5001"),
+        ("10.0.0.1:5000", "127.0.0.1:5000"),
+    ],
+)
+def test_two_ports_or_two_hosts_are_no_clash(listen: str, admin: str) -> None:
+    """Port 0 is any that is free, so never the same."""
+    assert validate({"listen": listen, "admin": admin, "adminListener": {"tokenFile": "/token"}})
 
 
 @pytest.mark.parametrize(
@@ -510,6 +606,20 @@ def test_a_key_with_file_takes_its_value_from_there(tmp_path: Path) -> None:
     assert config.upstreams[0].name == "corp.test"
 
 
+@pytest.mark.parametrize("key", ["caFile", "clientCertFile"])
+def test_an_empty_path_is_refused(key: str) -> None:
+    """It is what an empty variable leaves, and would mean the working directory."""
+    for raw, path in (({"cache": {"directory": ""}}, "cache.directory"), (one(**{key: ""}), f"upstreams[0].{key}")):
+        assert faults_of(raw) == [f"{path}: an empty path; is a variable in it empty?"]
+
+
+def test_a_relative_path_is_taken_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for written, meant in ((".", tmp_path), ("kept/here", tmp_path / "kept/here")):
+        assert validate({"cache": {"directory": written}}).cache.directory == meant
+    assert validate(one(caFile="ca.pem")).upstreams[0].ca_file == tmp_path / "ca.pem"
+
+
 def test_ca_file_is_a_key_of_its_own(tmp_path: Path) -> None:
     assert load_text(tmp_path, "upstreams: [{name: corp.test, caFile: /ca.pem}]").upstreams[0].ca_file == Path("/ca.pem")
 
@@ -550,3 +660,345 @@ def test_one_configuration_shares_nothing_with_the_next() -> None:
 def test_keys_are_written_as_in_kubernetes() -> None:
     assert {"listen", "defaultUpstream", "insecureSkipVerify", "maxBlobSize", "allowAddresses", "progress"} <= keys()
     assert not any("_" in key for key in keys())
+
+
+# --- what an upstream is known by ---
+
+
+@pytest.mark.parametrize(
+    ("upstream", "key"),
+    [
+        ({"name": "docker.io"}, "docker.io"),
+        ({"name": "index.docker.io"}, "docker.io"),
+        ({"name": "docker.io", "endpoints": ["https://registry-1.docker.io/"]}, "docker.io"),
+        ({"name": "docker.io", "endpoints": ["https://mirror.test", "https://registry-1.docker.io"]}, "docker.io"),
+        ({"name": "docker.io", "endpoints": ["https://else.test"]}, "docker.io https://else.test"),
+        (
+            {"name": "docker.io", "endpoints": ["https://registry-1.docker.io", "https://else.test"]},
+            "docker.io https://else.test",
+        ),
+        ({"name": "corp.test"}, "corp.test"),
+        ({"name": "corp.test:5000"}, "corp.test:5000"),
+        ({"name": "corp.test", "endpoints": ["https://mirror.test", "https://corp.test"]}, "corp.test"),
+        ({"name": "corp.test", "endpoints": ["http://corp.test"]}, "corp.test http://corp.test"),
+        ({"name": "corp.test", "endpoints": ["https://corp.test/team"]}, "corp.test https://corp.test/team"),
+        ({"name": "corp.test", "endpoints": ["https://corp.test:8443"]}, "corp.test https://corp.test:8443"),
+    ],
+)
+def test_an_upstream_is_known_by_its_name_and_the_registry_behind_it(upstream: dict[str, Any], key: str) -> None:
+    """Mirrors come and go; another registry under the same name inherits nothing."""
+    assert validate({"upstreams": [upstream]}).upstreams[0].key == key
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "hosts"),
+    [
+        (["https://corp.test"], []),
+        (["https://else.test:8443/team"], []),
+        (["https://mirror.test/path", "https://corp.test"], ["mirror.test"]),
+        (["http://mirror.test:8080", "https://b.test", "https://corp.test"], ["mirror.test:8080", "b.test"]),
+        (["https://MIRROR.test:443", "http://b.test:80", "https://corp.test"], ["mirror.test", "b.test"]),
+    ],
+)
+def test_credentials_are_for_the_registrys_name_and_the_hosts_of_mirrors(endpoints: list[str], hosts: list[str]) -> None:
+    """Those hosts by which a mirror's secret is looked up when it is asked."""
+    assert validate(one(endpoints=endpoints)).upstreams[0].hosts == ["corp.test", *hosts]
+
+
+# --- access ---
+
+
+def test_access_is_unsaid_unless_it_is_said() -> None:
+    """Not the same as public: with a pull secret it has to be said."""
+    assert validate(one()).upstreams[0].access is None
+    assert not validate(one()).verifies
+
+
+@pytest.mark.parametrize("mode", ["public", "verify", "shared"])
+def test_access_may_be_one_word(mode: str) -> None:
+    around: dict[str, Any] = {
+        "externalURL": "http://127.0.0.1:5000",
+        "listener": {"tlsCertFile": "/c", "clientCAFile": "/a"},
+    }
+    short, long = (validate(one(access=access) | around) for access in (mode, {"mode": mode}))
+    assert short == long
+    access = short.upstreams[0].access
+    assert access is not None
+    assert access.mode == mode
+    assert (access.public_for, access.max_age, access.stale_for) == (24 * 3600, 300, 24 * 3600)
+    assert short.verifies is (mode == "verify")
+
+
+@pytest.mark.parametrize(
+    ("access", "path", "hint"),
+    [
+        ("privat", "upstreams[0].access.mode", "'public', 'verify' or 'shared'"),
+        ("", "upstreams[0].access.mode", "'public', 'verify' or 'shared'"),
+        ({"mode": "Public"}, "upstreams[0].access.mode", "'public', 'verify' or 'shared'"),
+        (["public"], "upstreams[0].access", "keys are needed below it"),
+        (5, "upstreams[0].access", "keys are needed below it"),
+        ({"mod": "public"}, "upstreams[0].access.mod", "did you mean 'mode'"),
+        ({"maxAge": "5"}, "upstreams[0].access.maxAge", "10s"),
+        ({"maxAge": "721h"}, "upstreams[0].access.maxAge", "2592000"),
+        ({"publicFor": "-1s"}, "upstreams[0].access.publicFor", "10s"),
+        ({"repositories": ["a"]}, "upstreams[0].access", "belong to mode: shared"),
+        ({"mode": "verify", "iUnderstandThisIsShared": True}, "upstreams[0].access", "belong to mode: shared"),
+    ],
+)
+def test_access_that_means_nothing_is_refused(access: object, path: str, hint: str) -> None:
+    faults = faults_of(one(access=access))
+    assert any(fault.startswith(f"{path}: ") and hint in fault for fault in faults), faults
+
+
+def test_ages_may_be_nothing_at_all() -> None:
+    """Then the registry is asked each time."""
+    access = validate(one(access={"maxAge": "0s", "staleFor": "0s", "publicFor": "0s"})).upstreams[0].access
+    assert access is not None
+    assert (access.public_for, access.max_age, access.stale_for) == (0, 0, 0)
+
+
+# --- what keys may be by themselves, and not together ---
+
+OPEN = {"listen": ":5000"}
+VERIFY = one(access="verify") | {"externalURL": "https://cache.corp:5000"}
+SHARED = one(access="shared")
+USERS = {"htpasswdFile": "/users"}
+TLS = {"tlsCertFile": "/cert", "tlsKeyFile": "/key"}
+CLIENTS = TLS | {"clientCAFile": "/ca"}
+
+
+def at(raw: dict[str, Any], *paths: tuple[str, Any]) -> dict[str, Any]:
+    """``raw`` with sections beside it."""
+    return raw | dict(paths)
+
+
+@pytest.mark.parametrize(
+    ("raw", "path", "hints"),
+    [
+        pytest.param(
+            one(access="verify"), "externalURL", ["access: verify", "https://cache.corp:5000"], id="no-external-url"
+        ),
+        pytest.param(
+            at(VERIFY, ("listener", USERS)), "listener.htpasswdFile", ["access: verify", "clientCAFile"], id="both"
+        ),
+        pytest.param(
+            VERIFY | OPEN, "listen", ["access: verify", "tlsCertFile", "tlsTerminatedInFront"], id="verify-in-clear"
+        ),
+        pytest.param(
+            VERIFY | {"listen": "10.0.0.1:5000"}, "listen", ["access: verify", "10.0.0.1:5000"], id="verify-on-one-address"
+        ),
+        pytest.param(
+            at(OPEN, ("listener", USERS)), "listen", ["listener.htpasswdFile", "tlsCertFile"], id="passwords-in-clear"
+        ),
+        pytest.param(
+            SHARED,
+            "upstreams[0].access",
+            ["htpasswdFile", "clientCAFile", "repositories", "iUnderstandThisIsShared"],
+            id="open",
+        ),
+        pytest.param(at(SHARED, ("listener", TLS)), "upstreams[0].access", ["open"], id="open-with-tls"),
+        pytest.param(
+            one(access={"mode": "shared", "iUnderstandThisIsShared": False}), "upstreams[0].access", ["open"], id="not-meant"
+        ),
+        pytest.param(one(access={"mode": "shared", "repositories": []}), "upstreams[0].access", ["open"], id="empty-list"),
+        pytest.param({"admin": ":5001"}, "admin", ["tokenFile", "clientCAFile", "loopback"], id="admin-in-the-open"),
+        pytest.param(
+            {"admin": "10.0.0.1:5001", "adminListener": TLS},
+            "admin",
+            ["tokenFile", "clientCAFile"],
+            id="admin-with-tls-alone",
+        ),
+    ],
+)
+def test_a_danger_is_refused_and_named_with_what_to_do(raw: dict[str, Any], path: str, hints: list[str]) -> None:
+    (fault,) = faults_of(raw)
+    assert fault.startswith(path), fault
+    assert not [hint for hint in hints if hint not in fault], fault
+
+
+def test_every_danger_is_named_at_once() -> None:
+    upstreams = [{"name": "a.test", "access": "verify"}, {"name": "b.test", "access": "shared"}]
+    faults = faults_of({"upstreams": upstreams, "listen": ":5000", "admin": ":5001"})
+    assert [fault.partition(":")[0] for fault in faults] == ["externalURL", "listen", "upstreams[1].access", "admin"]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(OPEN, id="open-and-public"),
+        pytest.param(at(OPEN, ("upstreams", [{"name": "corp.test", "access": "public"}])), id="open-and-public-said"),
+        pytest.param(VERIFY, id="verify-on-loopback"),
+        pytest.param(at(VERIFY | OPEN, ("listener", TLS)), id="verify-with-tls"),
+        pytest.param(at(VERIFY | OPEN, ("listener", {"tlsCertFile": "/pem-with-key"})), id="verify-with-tls-of-one-file"),
+        pytest.param(at(VERIFY | OPEN, ("listener", {"tlsTerminatedInFront": True})), id="verify-behind-a-front"),
+        pytest.param(at(VERIFY | OPEN, ("listener", CLIENTS)), id="verify-with-client-certificates"),
+        pytest.param({"listener": USERS}, id="users-on-loopback"),
+        pytest.param(at(OPEN, ("listener", USERS | TLS)), id="users-with-tls"),
+        pytest.param(at(OPEN, ("listener", USERS | {"tlsTerminatedInFront": True})), id="users-behind-a-front"),
+        pytest.param(one(access={"mode": "shared", "iUnderstandThisIsShared": True}) | OPEN, id="shared-and-meant"),
+        pytest.param(one(access={"mode": "shared", "repositories": ["corp.test/open/*"]}) | OPEN, id="shared-for-some"),
+        pytest.param(at(SHARED, ("listener", USERS)), id="shared-with-users"),
+        pytest.param(at(SHARED | OPEN, ("listener", CLIENTS)), id="shared-with-client-certificates"),
+        pytest.param({"admin": "127.0.0.2:5001"}, id="admin-on-loopback"),
+        pytest.param({"admin": ":5001", "adminListener": {"tokenFile": "/token"}}, id="admin-with-a-token"),
+        pytest.param({"admin": ":5001", "adminListener": CLIENTS}, id="admin-with-client-certificates"),
+    ],
+)
+def test_what_is_not_dangerous_is_taken(raw: dict[str, Any]) -> None:
+    assert validate(raw)
+
+
+@pytest.mark.parametrize("section", ["listener", "adminListener"])
+@pytest.mark.parametrize("keys", [{"tlsKeyFile": "/k"}, {"clientCAFile": "/a"}, {"tlsKeyFile": "/k", "clientCAFile": "/a"}])
+def test_keys_of_tls_need_a_certificate(section: str, keys: dict[str, str]) -> None:
+    assert faults_of({section: keys}) == [f"{section}: tlsKeyFile and clientCAFile need tlsCertFile beside them"]
+
+
+def test_users_need_to_say_who_they_are() -> None:
+    repositories = {"users": {"alice": ["docker.io/*"], "*": []}}
+    assert faults_of({"listener": repositories}) == [
+        "listener: users: nobody says who he is; give htpasswdFile, or clientCAFile"
+    ]
+    for guard in (USERS, CLIENTS):
+        assert validate({"listener": guard | repositories}).listener.users == repositories["users"]
+
+
+@pytest.mark.parametrize(
+    ("url", "kept"),
+    [
+        ("https://cache.corp", "https://cache.corp"),
+        ("https://cache.corp/", "https://cache.corp"),
+        ("https://cache.corp:5000", "https://cache.corp:5000"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+        ("http://[::1]:5000", "http://[::1]:5000"),
+    ],
+)
+def test_the_external_url(url: str, kept: str) -> None:
+    assert validate({"externalURL": url}).external_url == kept
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "cache.corp:5000",
+        "//cache.corp",
+        "ftp://cache.corp",
+        "https://",
+        "https://cache.corp/registry",
+        "https://cache.corp/registry/",
+        "https://cache.corp/v2",
+        "https://u:hunter2@cache.corp",
+        "https://cache.corp?a=hunter2",
+        "https://cache.corp#a",
+        'https://cache.corp"',
+        "https://cache.corp\n",
+        5,
+    ],
+)
+def test_what_is_no_external_url_is_refused(url: object) -> None:
+    """It goes into a header and into clients' hands."""
+    (fault,) = faults_of({"externalURL": url})
+    assert fault.startswith("externalURL: ")
+    assert "hunter2" not in fault
+
+
+@pytest.mark.parametrize("realm", ["", 'a"b', "a\\b", "a\r\nX: y", "\u00e9", "x" * 129])
+def test_a_realm_that_would_break_its_header_is_refused(realm: str) -> None:
+    (fault,) = faults_of({"listener": {"realm": realm}})
+    assert fault.startswith("listener.realm: ")
+
+
+# --- pull secrets ---
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"file": "/a/config.json"},
+        {"directory": "/a"},
+        {"registry": "corp.test", "username": "u", "passwordFile": "/p"},
+        {"file": "/a", "repositories": ["corp.test/team/*"]},
+    ],
+)
+def test_where_a_pull_secret_is(source: dict[str, Any]) -> None:
+    (found,) = validate({"imagePullSecrets": [source]}).image_pull_secrets
+    written = found.model_dump(by_alias=True, exclude_defaults=True, mode="json")
+    assert written == source
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ({}, "one of file, directory and registry is needed"),
+        ({"file": "/a", "directory": "/b"}, "one of file, directory and registry is needed"),
+        (
+            {"file": "/a", "registry": "corp.test", "username": "u", "passwordFile": "/p"},
+            "one of file, directory and registry is needed",
+        ),
+        ({"username": "u", "passwordFile": "/p"}, "one of file, directory and registry is needed"),
+        ({"registry": "corp.test"}, "registry, username and passwordFile belong together"),
+        ({"registry": "corp.test", "username": "u"}, "registry, username and passwordFile belong together"),
+        ({"registry": "corp.test", "passwordFile": "/p"}, "registry, username and passwordFile belong together"),
+        ({"file": "/a", "username": "u"}, "registry, username and passwordFile belong together"),
+        ({"directory": "/a", "passwordFile": "/p"}, "registry, username and passwordFile belong together"),
+    ],
+)
+def test_a_pull_secret_is_in_one_place(source: dict[str, Any], hint: str) -> None:
+    assert faults_of({"imagePullSecrets": [{"file": "/good"}, source]}) == [f"imagePullSecrets[1]: {hint}"]
+
+
+@pytest.mark.parametrize(
+    ("source", "path"),
+    [
+        ({"registry": "corp.test", "username": "u", "password": "hunter2"}, "imagePullSecrets[0].password"),
+        ({"file": ""}, "imagePullSecrets[0].file"),
+        ({"directory": ["hunter2"]}, "imagePullSecrets[0].directory"),
+        ({"registry": "", "username": "u", "passwordFile": "/p"}, "imagePullSecrets[0].registry"),
+        ("hunter2", "imagePullSecrets[0]"),
+    ],
+)
+def test_a_pull_secret_that_is_none_is_named_and_not_repeated(source: object, path: str) -> None:
+    """A password itself is in no configuration."""
+    faults = faults_of({"imagePullSecrets": [source]})
+    assert any(fault.startswith(f"{path}: ") for fault in faults), faults
+    assert "hunter2" not in "".join(faults)
+
+
+def test_the_kubelets_plugins_need_both_of_its_flags() -> None:
+    both = {"configFile": "/c.yaml", "binDirectory": "/bin"}
+    assert validate({"imageCredentialProvider": both}).image_credential_provider is not None
+    for key in both:
+        assert faults_of({"imageCredentialProvider": {key: both[key]}}) == [
+            f"imageCredentialProvider.{(set(both) - {key}).pop()}: is needed"
+        ]
+
+
+def test_a_password_file_is_not_read_into_the_configuration(tmp_path: Path) -> None:
+    """It is read again while serving; and what is in no configuration is in no dump of it."""
+    (tmp_path / "password").write_text("hunter2")
+    entry = f"{{registry: corp.test, username: u, passwordFile: {tmp_path}/password}}"
+    config = load_text(tmp_path, f"imagePullSecrets: [{entry}]\nadminListener: {{tokenFile: {tmp_path}/password}}")
+    assert config.image_pull_secrets[0].password_file == tmp_path / "password"
+    assert config.admin_listener.token_file == tmp_path / "password"
+    assert "hunter2" not in repr(config)
+
+
+# --- rules ---
+
+
+@pytest.mark.parametrize(
+    ("rule", "path"),
+    [
+        ({"match": "*", "action": "deny"}, "rules[0].name"),
+        ({"name": "", "match": "*", "action": "deny"}, "rules[0].name"),
+        ({"name": "a", "action": "deny"}, "rules[0].match"),
+        ({"name": "a", "match": "", "action": "deny"}, "rules[0].match"),
+        ({"name": "a", "match": "*"}, "rules[0].action"),
+        ({"name": "a", "match": "*", "action": "block"}, "rules[0].action"),
+        ({"name": "a", "match": "*", "action": "deny", "dryrun": True}, "rules[0].dryrun"),
+    ],
+)
+def test_a_rule_that_is_not_whole_is_refused(rule: dict[str, Any], path: str) -> None:
+    (fault,) = faults_of({"rules": [rule]})
+    assert fault.startswith(f"{path}: ")

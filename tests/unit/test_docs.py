@@ -7,13 +7,15 @@ import asyncio
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_origin
 
 import pytest
 import yaml
 from pydantic import BaseModel
 
 from proxy import __version__
-from proxy.config import Config, load
+from proxy.config import Config
+from proxy.configfile import keys, load
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "config.example.yaml"
@@ -32,11 +34,10 @@ def key_paths(model: type[BaseModel] = Config, before: str = "") -> Iterator[str
         models = [part for part in inner if issubclass(part, BaseModel)]
         if not models:
             yield path
-        is_list = field.annotation not in models
         for part in models:
-            if is_list:
+            if field.annotation is not part:  # a list of them, or one that may be left out
                 yield path
-            yield from key_paths(part, f"{path}[]." if is_list else f"{path}.")
+            yield from key_paths(part, f"{path}[]." if get_origin(field.annotation) is list else f"{path}.")
 
 
 KEYS = sorted(set(key_paths()))
@@ -47,9 +48,7 @@ def uncommented(text: str) -> str:
     lines = []
     for line in text.splitlines():
         known = COMMENTED_KEY.match(line)
-        is_key = known is not None and known[2].strip().removeprefix("- ").partition(":")[0] in {
-            path.rpartition(".")[2] for path in KEYS
-        }
+        is_key = known is not None and known[2].strip().removeprefix("- ").partition(":")[0] in keys()
         lines.append(known[1] + known[2] if known is not None and is_key else line)
     return "\n".join(lines) + "\n"
 

@@ -15,6 +15,9 @@ EXPECTED = {
     "ManifestUnknown": ("MANIFEST_UNKNOWN", 404),
     "BlobUnknown": ("BLOB_UNKNOWN", 404),
     "Denied": ("DENIED", 403),
+    "CredentialRefused": ("DENIED", 403),
+    "Unauthorized": ("UNAUTHORIZED", 401),
+    "TooManyAttempts": ("TOOMANYREQUESTS", 429),
     "PaginationNumberInvalid": ("PAGINATION_NUMBER_INVALID", 400),
     "Unsupported": ("UNSUPPORTED", 405),
     "RangeInvalid": ("RANGE_INVALID", 416),
@@ -26,6 +29,7 @@ EXPECTED = {
     "UpstreamUnavailable": ("UNAVAILABLE", 503),
     "UpstreamBroken": ("UNKNOWN", 502),
     "UpstreamRefused": ("UNKNOWN", 502),
+    "SecretRefused": ("DENIED", 403),
     "TooManyRequests": ("TOOMANYREQUESTS", 429),
 }
 KNOWN_CODES = frozenset(
@@ -74,10 +78,18 @@ def test_an_error_carries_message_and_headers(name: str) -> None:
     assert isinstance(error, RegistryError)
     assert (str(error), error.message, error.headers) == ("what went wrong", "what went wrong", {"Retry-After": "5"})
     assert CLASSES[name]("x").headers == {}
+    assert CLASSES[name]("x").challenges == ()
 
 
 @pytest.mark.parametrize(
-    ("name", "stale_allowed"), [(name, name.startswith("Upstream") or name == "TooManyRequests") for name in EXPECTED]
+    ("name", "stale_allowed"),
+    [(name, name.startswith("Upstream") or name in ("TooManyRequests", "SecretRefused")) for name in EXPECTED],
 )
 def test_what_is_held_stands_in_for_a_failing_upstream_and_for_nothing_else(name: str, stale_allowed: bool) -> None:
     assert issubclass(CLASSES[name], errors.UpstreamFailing) is stale_allowed
+
+
+def test_a_credential_that_is_refused_is_a_right_that_is_refused() -> None:
+    """Whoever ends a yes at a refusal ends it at this one too; what the operator's secret is refused says nothing of it."""
+    assert issubclass(errors.CredentialRefused, errors.Denied)
+    assert not issubclass(errors.SecretRefused, errors.Denied)

@@ -194,7 +194,7 @@ def test_a_name_that_is_none_is_said() -> None:
 
 def test_by_default_it_asks_where_the_image_has_its_admin_address() -> None:
     """127.0.0.1:5001, which ``serve`` has as its default, too."""
-    from proxy.config import validate
+    from proxy.configfile import validate
 
     result = CliRunner().invoke(main, ["health", "--help"])
     assert f"[default: {validate({}).admin}]" in result.stdout

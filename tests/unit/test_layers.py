@@ -1,7 +1,7 @@
 """The layers of ``proxy/``, read from its source: who may import whom, and what the pure modules do without.
 
-A module imports only from rows below its own. Members of one package (``cli/``, ``upstream/``, ``storage/``) may import
-each other as long as no circle comes of it; modules that merely stand in one row may not.
+A module imports only from rows below its own. Members of one package (``cli/``, ``access/``, ``upstream/``, ``storage/``,
+``credentials/``) may import each other as long as no circle comes of it; modules that merely stand in one row may not.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ ROWS = (
     {"edge"},  # edge stands above handlers: it calls them, and takes DECISION and Handler from there
     {"handlers"},
     {"send"},
-    {"pull", "discovery"},
-    {"answers"},
+    {"explain", "pull", "discovery"},
+    {"answers", "access/*"},
     {"fetch"},
     {"spool"},
     {"policy", "upstream/*", "storage/*"},
-    {"listings"},
-    {"config", "manifests"},
+    {"credentials/*"},  # storage and upstream know whose a link or a request is, and nothing of who may read
+    {"listings", "configfile", "rules"},
+    {"config", "manifests", "watch"},
     {"values"},
-    {"names", "ranges", "once", "threads"},
+    {"names", "ranges", "once", "threads", "certificates"},
     {"errors", "logs", "metrics"},
     {"__init__"},
 )
@@ -43,14 +44,30 @@ FOREIGN = {
     "aiohttp": {"upstream/*", "send", "listener", "edge", "handlers", "admin", "app", "serve"},
     "sqlite3": {"storage/*"},
     "click": {"cli/*"},
-    "yaml": {"config"},
-    "pydantic": {"config", "values"},
+    "yaml": {"configfile", "credentials/docker_config", "credentials/providers"},
+    "pydantic": {"config", "configfile", "values"},
     "prometheus_client": {"metrics", "upstream/*"},
-    "ssl": {"upstream/*"},
+    "ssl": {"upstream/*", "certificates"},
+    "bcrypt": {"access/htpasswd"},
 }
 """Libraries that only some may know."""
 
-PURE = ("names", "ranges", "manifests", "listings", "policy", "errors", "upstream/challenge", "upstream/addresses")
+PURE = (
+    "names",
+    "ranges",
+    "manifests",
+    "listings",
+    "policy",
+    "rules",
+    "errors",
+    "upstream/challenge",
+    "upstream/addresses",
+    "credentials/credential",
+    "credentials/docker_config",
+    "credentials/keyring",
+    "access/authorization",
+    "access/caller",
+)
 NOT_PURE = frozenset(
     {
         "asyncio",

@@ -12,14 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from proxy.manifests import OCI_MANIFEST, parse_manifest
+from proxy.credentials.credential import Proof
+from proxy.manifests import OCI_INDEX, OCI_MANIFEST, parse_manifest
 from proxy.metrics import Metrics
 from proxy.names import Digest, Repository, Tag, digest_of
+from proxy.storage.base import Origin
 from proxy.storage.catalog import SCHEMA_VERSION, CatalogTooNew
 from proxy.storage.layout import DirectoryUnusable
 from proxy.storage.store import Store
 
 UP, REPO, ACCEPT = "registry.test", Repository("team/app"), "modern"
+ELSEWHERE = Repository("team/other")
+PUBLIC = Origin(UP, REPO, "anonymous")
 LAYER = b"layer " * 5000
 TYPE = b'"mediaType": "application/vnd.oci.image.manifest.v1+json", '
 
@@ -48,20 +52,25 @@ def opened(path: Path, metrics: Metrics | None = None) -> Iterator[Store]:
         store.close()
 
 
-def put_blob(store: Store, body: bytes = LAYER) -> Digest:
+def put_blob(store: Store, body: bytes = LAYER, origin: Origin = PUBLIC) -> Digest:
     digest = digest_of(body)
     spool = store.spool()
     assert spool is not None
     spool.write(body)
-    store.adopt(spool, digest, len(body), UP, REPO)
+    store.adopt(spool, digest, len(body), origin)
     spool.close()
     return digest
 
 
-def put_manifest(store: Store, body: bytes = MANIFEST, repository: Repository = REPO) -> Digest:
+def put_manifest(store: Store, body: bytes = MANIFEST, origin: Origin = PUBLIC, media_type: str = OCI_MANIFEST) -> Digest:
     digest = digest_of(body)
-    assert store.put_manifest(UP, repository, digest, body, parse_manifest(body, OCI_MANIFEST))
+    assert store.put_manifest(origin, digest, body, parse_manifest(body, media_type))
     return digest
+
+
+def may_read(store: Store, digest: Digest, repository: Repository = REPO, *, public: bool = True) -> bool:
+    """Whether who may read the repository may read this without a question upstream."""
+    return store.is_linked(UP, repository, digest, public=public)
 
 
 @pytest.fixture
@@ -105,10 +114,14 @@ def assert_held(store: Store) -> None:
     tagged = store.tagged(UP, REPO, Tag("1"), ACCEPT)
     assert tagged is not None
     assert (tagged.digest, tagged.checked) == (MANIFEST_DIGEST, 1.0)
-    assert store.is_linked(UP, REPO, MANIFEST_DIGEST)
-    assert store.is_linked(UP, REPO, LAYER_DIGEST)
-    assert store.size_of(UP, REPO, LAYER_DIGEST) == len(LAYER)
-    assert not store.is_linked(UP, Repository("team/other"), LAYER_DIGEST)
+    assert may_read(store, MANIFEST_DIGEST)
+    assert may_read(store, LAYER_DIGEST)
+    assert store.is_named(UP, REPO, LAYER_DIGEST, public=True)
+    assert store.is_public(LAYER_DIGEST)
+    assert store.size_of(UP, REPO, LAYER_DIGEST) == store.held_size(LAYER_DIGEST) == len(LAYER)
+    for digest in (MANIFEST_DIGEST, LAYER_DIGEST):
+        assert not may_read(store, digest, ELSEWHERE, public=False)
+    assert not store.is_named(UP, ELSEWHERE, LAYER_DIGEST, public=False)
 
 
 def test_what_is_held_is_held_after_a_restart(path: Path) -> None:
@@ -201,11 +214,147 @@ def test_links_of_every_repository_are_found_again(path: Path) -> None:
     repositories = [Repository(name) for name in ("team/app", "team/other", "third")]
     with opened(path) as store:
         for repository in repositories[:2]:
-            put_manifest(store, repository=repository)
-        store.link(UP, repositories[2], MANIFEST_DIGEST)  # proved by a HEAD
+            put_manifest(store, origin=Origin(UP, repository, "anonymous"))
+        store.link(Origin(UP, repositories[2], "anonymous"), MANIFEST_DIGEST)  # proved by a HEAD
+        put_blob(store)
     (path / "cache.db").unlink()
     with opened(path) as store:
-        assert [store.is_linked(UP, repository, LAYER_DIGEST) for repository in repositories] == [True] * 3
+        for digest in (MANIFEST_DIGEST, LAYER_DIGEST):
+            assert [may_read(store, digest, repository) for repository in repositories] == [True] * 3
+
+
+def notes_of(path: Path, digest: Digest) -> Path:
+    return path / "meta" / digest.algorithm / f"{digest.hex}.json"
+
+
+@pytest.mark.parametrize("proof", ["anonymous", "secret", "client"])
+def test_to_whom_content_was_given_is_written_beside_it_and_found_again(path: Path, proof: Proof) -> None:
+    with opened(path) as store:
+        put_manifest(store, origin=Origin(UP, REPO, proof))
+        put_blob(store, origin=Origin(UP, REPO, proof))
+    assert json.loads(notes_of(path, MANIFEST_DIGEST).read_bytes())["links"] == [
+        {"upstream": UP, "repository": REPO, "proof": proof}
+    ]
+    (path / "cache.db").unlink()
+    public = proof == "anonymous"
+    with opened(path) as store:
+        assert may_read(store, MANIFEST_DIGEST) is public
+        assert may_read(store, MANIFEST_DIGEST, public=False)
+        assert [given for given in ("anonymous", "secret", "client") if store.was_given(UP, REPO, given)] == [proof]
+        assert may_read(store, LAYER_DIGEST) is may_read(store, LAYER_DIGEST, public=False) is public
+        assert store.is_public(LAYER_DIGEST) is public
+        assert store.is_named(UP, REPO, LAYER_DIGEST, public=False)
+
+
+@pytest.mark.parametrize(
+    ("written", "proof"),
+    [
+        pytest.param({}, "anonymous", id="of-a-version-that-asked-anonymously-only"),
+        pytest.param({"proof": "anonymous"}, "anonymous", id="anonymous"),
+        pytest.param({"proof": "secret"}, "secret", id="secret"),
+        pytest.param({"proof": "of a later version"}, "client", id="unknown-is-the-narrowest"),
+        pytest.param({"proof": None}, "client", id="null"),
+        pytest.param({"proof": ["anonymous"]}, "client", id="list"),
+    ],
+)
+def test_what_a_note_says_of_the_proof(path: Path, written: dict[str, object], proof: Proof) -> None:
+    with opened(path) as store:
+        put_manifest(store)
+    (path / "cache.db").unlink()
+    notes = json.loads(notes_of(path, MANIFEST_DIGEST).read_bytes())
+    notes["links"] = [{"upstream": UP, "repository": REPO} | written]
+    notes_of(path, MANIFEST_DIGEST).write_text(json.dumps(notes))
+    with opened(path) as store:
+        assert [given for given in ("anonymous", "secret", "client") if store.was_given(UP, REPO, given)] == [proof]
+
+
+@pytest.mark.parametrize("proof", ["secret", "client"])
+def test_a_blob_that_a_private_manifest_names_is_not_public_when_the_catalog_is_lost(path: Path, proof: Proof) -> None:
+    with opened(path) as store:
+        put_manifest(store, origin=Origin(UP, REPO, proof))
+        put_blob(store, origin=Origin(UP, REPO, proof))
+        put_manifest(store, manifest_of("whose writer knows a digest"), Origin(UP, ELSEWHERE, "anonymous"))
+    (path / "cache.db").unlink()
+    with opened(path) as store:
+        assert body_of(store, LAYER_DIGEST) == LAYER
+        assert not store.is_public(LAYER_DIGEST)
+        assert not any(may_read(store, LAYER_DIGEST, where, public=False) for where in (REPO, ELSEWHERE))
+
+
+@pytest.mark.parametrize("proof", ["secret", "client"])
+def test_a_private_manifest_that_a_public_index_names_is_not_public_when_the_catalog_is_lost(
+    path: Path, proof: Proof
+) -> None:
+    descriptor = {"mediaType": OCI_MANIFEST, "digest": str(MANIFEST_DIGEST), "size": len(MANIFEST)}
+    index = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [descriptor]}).encode()
+    with opened(path) as store:
+        put_manifest(store, origin=Origin(UP, REPO, proof))
+        put_manifest(store, index, Origin(UP, ELSEWHERE, "anonymous"), OCI_INDEX)
+        assert not may_read(store, MANIFEST_DIGEST, ELSEWHERE)
+    (path / "cache.db").unlink()
+    with opened(path) as store:
+        assert store.was_given(UP, ELSEWHERE, "anonymous")
+        assert not may_read(store, MANIFEST_DIGEST, ELSEWHERE)
+        assert not store.is_public(MANIFEST_DIGEST)
+
+
+# --- what is withdrawn ---
+
+
+def test_a_blob_of_an_image_that_was_withdrawn_is_not_public_when_the_catalog_is_lost(path: Path) -> None:
+    """That no link is left of the manifest that names it does not make it one that only public manifests name."""
+    with opened(path) as store:
+        put_manifest(store, origin=Origin(UP, REPO, "secret"))
+        put_blob(store, origin=Origin(UP, REPO, "secret"))
+        put_manifest(store, manifest_of("whose writer knows a digest"), Origin(UP, ELSEWHERE, "anonymous"))
+        store.withdraw(UP, REPO, "secret")
+    (path / "cache.db").unlink()
+    with opened(path) as store:
+        assert store.has(LAYER_DIGEST)
+        assert not store.is_public(LAYER_DIGEST)
+        assert not may_read(store, LAYER_DIGEST, ELSEWHERE)
+
+
+def test_what_is_withdrawn_is_not_given_any_more_and_stays_so(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The content stays, for who may read it; the notes beside it are changed with the catalog."""
+    ours = Origin(UP, REPO, "secret")
+    subject = digest_of(b"subject")
+    with opened(path) as store:
+        put_manifest(store, origin=ours)
+        put_manifest(store, origin=Origin(UP, ELSEWHERE, "secret"))
+        put_blob(store, origin=ours)
+        store.link(PUBLIC, subject)
+        store.put_referrers(ours, MANIFEST_DIGEST, b"[]", 1.0)
+        store.withdraw(UP, REPO, "secret")
+        assert "2 links are withdrawn" in caplog.text
+        assert store.referrers(UP, REPO, MANIFEST_DIGEST, public=False) is None
+    for lost in (False, True):
+        if lost:
+            (path / "cache.db").unlink()
+        with opened(path) as store:
+            assert not store.was_given(UP, REPO, "secret")
+            assert not may_read(store, MANIFEST_DIGEST, public=False)
+            assert not may_read(store, LAYER_DIGEST, public=False)
+            assert may_read(store, MANIFEST_DIGEST, ELSEWHERE, public=False)
+            assert body_of(store, LAYER_DIGEST) == LAYER
+            assert may_read(store, subject) is not lost
+
+
+def test_a_list_of_referrers_is_withdrawn_where_it_is_all_that_was_given(path: Path) -> None:
+    with opened(path) as store:
+        store.put_referrers(PUBLIC, MANIFEST_DIGEST, b"[]", 1.0)
+        assert store.referrers(UP, REPO, MANIFEST_DIGEST, public=True) is not None
+        store.withdraw(UP, REPO, "anonymous")
+        assert store.referrers(UP, REPO, MANIFEST_DIGEST, public=False) is None
+
+
+def test_withdrawing_what_was_not_given_is_silent(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with opened(path) as store:
+        store.withdraw(UP, REPO, "secret")
+    assert not caplog.records
+
+
+# --- damaged notes ---
 
 
 @pytest.mark.parametrize(
@@ -235,7 +384,9 @@ def test_notes_that_are_damaged_cost_the_notes_and_not_the_start(path: Path, not
     with opened(path) as store:
         assert body_of(store, MANIFEST_DIGEST) == MANIFEST
         assert body_of(store, LAYER_DIGEST) == LAYER
+        assert not may_read(store, LAYER_DIGEST, public=False), "who named it is not known any more"
         store.set_tag(UP, REPO, Tag("1"), ACCEPT, put_manifest(store), 1.0)
+        store.link(PUBLIC, LAYER_DIGEST)
         assert_held(store)
 
 
@@ -287,7 +438,7 @@ def test_a_file_without_a_record_is_entered_at_the_start_and_nobody_may_read_it_
     file_of(path, LAYER_DIGEST).write_bytes(LAYER)
     with opened(path) as store:
         assert body_of(store, LAYER_DIGEST) == LAYER
-        assert not store.is_linked(UP, REPO, LAYER_DIGEST)
+        assert not may_read(store, LAYER_DIGEST, public=False)
         assert store.manifest(LAYER_DIGEST) is None
 
 
@@ -298,7 +449,7 @@ def test_a_record_without_a_file_is_dropped_at_the_start(path: Path) -> None:
         assert not store.has(LAYER_DIGEST)
         assert store.open_blob(LAYER_DIGEST) is None
         assert store.has(MANIFEST_DIGEST)
-        assert store.is_linked(UP, REPO, LAYER_DIGEST), "it stays proved"
+        assert may_read(store, LAYER_DIGEST), "it stays proved"
 
 
 def test_a_file_that_goes_while_running_is_a_miss(path: Path) -> None:

@@ -1,0 +1,63 @@
+"""What an upstream is asked to find out whether somebody may read a repository: one HEAD of what he wants."""
+
+from __future__ import annotations
+
+from proxy.access.proofs import Probe
+from proxy.credentials.credential import Asker, Identity
+from proxy.errors import UpstreamBroken
+from proxy.listings import ListInvalid, ListQuery, parse_tags
+from proxy.manifests import MODERN, ManifestInvalid, parse_manifest
+from proxy.names import Digest, Reference, Repository
+from proxy.storage.store import Store
+from proxy.upstream.client import ManifestBody, Page, Upstream
+
+_ANY = ", ".join(MODERN)
+
+
+def of_manifest(upstream: Upstream, repository: Repository, reference: Reference, via: str) -> Probe:
+    """Whether a manifest is given; by GET where HEAD does not tell."""
+
+    async def verify(answer: ManifestBody) -> None:
+        try:
+            parse_manifest(answer.body, answer.content_type)
+        except ManifestInvalid as error:  # the 200 of a login page is no yes
+            raise UpstreamBroken(f"{upstream.name} sent what is no manifest: {error}") from error
+        if isinstance(reference, Digest) and not reference.matches(answer.body):
+            raise UpstreamBroken(f"{upstream.name} sent another manifest than {reference}")
+
+    async def probe(identity: Identity) -> None:
+        asker = Asker(identity, via, wants_a_right=True)
+        head = await upstream.head_manifest(repository, reference, _ANY, asker)
+        if not head.is_told or (isinstance(reference, Digest) and head.digest != reference):
+            await upstream.get_manifest(repository, reference, _ANY, asker, verify)
+
+    return Probe(f"manifest {reference}", probe)
+
+
+def of_blob(upstream: Upstream, repository: Repository, digest: Digest, via: str, store: Store) -> Probe:
+    """Whether a blob is given, of the size that it has."""
+
+    def verify(told: int | None) -> None:
+        held = store.held_size(digest)
+        if held is not None and told != held:
+            raise UpstreamBroken(f"{upstream.name} says that {digest} has {told} bytes, and it has {held}")
+
+    async def probe(identity: Identity) -> None:
+        await upstream.head_blob(repository, digest, Asker(identity, via, wants_a_right=True), verify)
+
+    return Probe(f"blob {digest}", probe)
+
+
+def of_list(upstream: Upstream, repository: Repository, via: str) -> Probe:
+    """Whether the tags are told."""
+
+    async def verify(page: Page) -> None:
+        try:
+            parse_tags(page.body)
+        except ListInvalid as error:
+            raise UpstreamBroken(f"{upstream.name} sent no usable list of tags: {error}") from error
+
+    async def probe(identity: Identity) -> None:
+        await upstream.list_tags(repository, ListQuery().limited(1), Asker(identity, via, wants_a_right=True), verify)
+
+    return Probe("tags", probe)
