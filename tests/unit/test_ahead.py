@@ -8,16 +8,7 @@ import traceback
 import pytest
 
 from proxy.credentials.ahead import Ahead
-
-
-class Clock:
-    """Seconds that pass when told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.unit.clock import Clock
 
 
 class Source:

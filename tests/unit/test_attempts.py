@@ -11,16 +11,7 @@ from hypothesis import strategies as st
 
 from proxy.access.attempts import Attempt, Attempts
 from proxy.errors import TooManyAttempts
-
-
-class Clock:
-    """A clock that the test winds."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.unit.clock import Clock
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from proxy.errors import CredentialRefused, Denied, RegistryError, UpstreamBroke
 from proxy.names import Repository
 from proxy.upstream.auth import RealmRefused, Tokens, check_realm, may_carry, parse_token
 from proxy.upstream.challenge import Basic, Bearer
+from tests.unit.clock import Clock
 
 HTTPS = URL("https://registry.test")
 PLAIN = URL("http://registry.test:5000")
@@ -227,14 +228,6 @@ def test_no_answer_raises_anything_but_the_one_error(token: object, access: obje
     assert parsed.value.isascii()
     assert parsed.value.isprintable()
     assert 48 <= parsed.seconds <= 2880
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class TokenServer:

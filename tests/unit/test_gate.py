@@ -19,7 +19,7 @@ from proxy.access.handles import ANONYMOUS_HANDLE, Handles
 from proxy.access.htpasswd import Users
 from proxy.credentials.credential import Credential
 from proxy.errors import CacheFailing, Denied, TooManyAttempts, Unauthorized
-from tests.unit.test_attempts import Clock
+from tests.unit.clock import Clock
 
 URL = "https://cache.corp:5000/token"
 ADDRESS = "10.0.0.7"

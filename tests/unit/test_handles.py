@@ -10,19 +10,10 @@ from hypothesis import strategies as st
 
 from proxy.access.handles import ANONYMOUS_HANDLE, Handles
 from proxy.credentials.credential import Credential
+from tests.unit.clock import Clock
 
 ALICE = Credential("alice", "canary-one")
 BOB = Credential("bob", "canary-two")
-
-
-class Clock:
-    """A clock that the test winds."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

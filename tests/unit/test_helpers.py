@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from proxy.credentials.credential import Credential
 from proxy.credentials.helpers import CredentialHelpers, parse_credential
 from proxy.credentials.programs import ProgramFailed
-from tests.unit.test_ahead import Clock, turns
+from tests.unit.clock import Clock
+from tests.unit.test_ahead import turns
 from tests.unit.test_programs import SECRET, pids_in, script, text_of, until_gone
 
 HUB = "https://index.docker.io/v1/"

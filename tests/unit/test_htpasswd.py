@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from proxy.access import htpasswd
 from proxy.access.htpasswd import HtpasswdInvalid, Users, parse_htpasswd
 from proxy.errors import CacheFailing, Unauthorized
+from tests.unit.clock import Clock
 
 
 def hash_of(password: str) -> bytes:
@@ -92,16 +93,6 @@ def test_no_file_raises_anything_else(text: bytes) -> None:
         return
     assert users
     assert all(name and ":" not in name for name in users)
-
-
-class Clock:
-    """A clock that the test winds."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Bcrypt:

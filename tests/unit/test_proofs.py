@@ -36,7 +36,7 @@ from proxy.storage.base import Origin
 from proxy.storage.store import Store
 from proxy.threads import Threads
 from proxy.upstream.client import Upstream
-from tests.unit.test_attempts import Clock
+from tests.unit.clock import Clock
 
 APP, OTHER = Repository("team/app"), Repository("team/other")
 ADDRESS, ELSEWHERE = "10.0.0.7", "10.0.0.8"
@@ -737,3 +737,22 @@ async def test_closing_ends_what_is_asked(make: Make) -> None:
     await each.access.close()
     with pytest.raises(asyncio.CancelledError):
         await waiting
+
+
+async def test_who_asks_for_what_is_not_there_spoils_nothing_for_another_who_asks_then(make: Make) -> None:
+    """Both ask who may read the repository at the same time, by what each of them wants."""
+    each = make("verify")
+    each.registry.said["anonymous"] = None
+    upstream = each.registry.upstream
+
+    async def is_absent(_: Identity) -> None:
+        await asyncio.sleep(0)
+        raise ManifestUnknown("no such tag")
+
+    outcomes = await asyncio.gather(
+        each.access.identity(upstream, APP, who(), Probe("manifest 1", is_absent)),
+        each.access.identity(upstream, APP, Caller(ADDRESS), Probe("manifest 2", each.registry.probe)),
+        return_exceptions=True,
+    )
+    assert isinstance(outcomes[0], ManifestUnknown)
+    assert outcomes[1] == QUOTA

@@ -26,7 +26,8 @@ from proxy.credentials.providers import (
     parse_duration,
     parse_provider_config,
 )
-from tests.unit.test_ahead import Clock, turns
+from tests.unit.clock import Clock
+from tests.unit.test_ahead import turns
 from tests.unit.test_programs import SECRET, pids_in, script, text_of, until_gone
 
 V1 = "credentialprovider.kubelet.k8s.io/v1"

@@ -22,7 +22,7 @@ from proxy.threads import Threads
 from proxy.watch import Faults
 from tests.conftest import running, settings, upstream
 from tests.fakes.registry import ScriptedRegistry
-from tests.unit.test_ahead import Clock
+from tests.unit.clock import Clock
 from tests.unit.test_helpers import calls, giving, helper
 from tests.unit.test_programs import script
 from tests.unit.test_sources import CANARY, Mounted, docker_config, dockercfg, source
