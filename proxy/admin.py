@@ -14,6 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
+from proxy import files
 from proxy.access.authorization import Bearer, parse
 from proxy.errors import RegistryError
 from proxy.listener import Listener
@@ -42,7 +43,7 @@ class AdminToken:
     def reread(self) -> None:
         """Blocks; raises ``AdminTokenUnusable``."""
         try:
-            token = self._path.read_bytes().strip()
+            token = files.read(self._path).strip()
         except OSError as error:
             raise AdminTokenUnusable(f"adminListener.tokenFile {self._path}: cannot be read: {error.strerror}") from None
         if len(token) < _SHORTEST:

@@ -24,11 +24,13 @@ class Target:
     """What the cache knows the upstream by."""
     repository: Repository
     asker: Asker
+    since: int = 0
+    """How many withdrawals there had been when the right was proved."""
 
     @property
     def origin(self) -> Origin:
         """What content is that comes from there."""
-        return Origin(self.key, self.repository, self.asker.identity.proof, self.upstream)
+        return Origin(self.key, self.repository, self.asker.identity.proof, self.upstream, self.since)
 
     @property
     def is_public(self) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from proxy import files
 from proxy.access.attempts import Attempts
 from proxy.access.gate import Gate
 from proxy.access.handles import Handles
@@ -144,7 +145,7 @@ async def build(config: Config) -> AsyncIterator[Cache]:
         explain = Explain(handlers.routes, upstreams, handlers.rules, pull_secrets)
 
         def reload() -> None:
-            pull_secrets.forget()
+            pull_secrets.renew()
             watch.soon()
 
         yield Cache(Listener(edge, metrics), metrics, reload, explain, tls, admin_tls, _token_of(config, watch, threads))
@@ -162,7 +163,7 @@ async def pull_secrets_of(
     if (settings := config.image_credential_provider) is not None:
         directory = settings.bin_directory
         try:
-            plugins = parse_provider_config(settings.config_file.read_bytes(), str(settings.config_file))
+            plugins = parse_provider_config(files.read(settings.config_file), str(settings.config_file))
         except (OSError, ProviderConfigInvalid) as error:
             raise ConfigError([f"imageCredentialProvider.configFile: {error}"]) from None
     providers = Providers(plugins, directory, timer)
@@ -187,7 +188,7 @@ def check_access(config: Config, pull_secrets: PullSecrets) -> None:
 def read_htpasswd(path: Path) -> dict[str, bytes]:
     """The users of the listener; blocks; raises ``HtpasswdInvalid``."""
     try:
-        return parse_htpasswd(path.read_bytes(), f"listener.htpasswdFile {path}")
+        return parse_htpasswd(files.read(path), f"listener.htpasswdFile {path}")
     except OSError as error:
         raise HtpasswdInvalid(f"listener.htpasswdFile {path}: cannot be read: {error.strerror}") from None
 

@@ -86,6 +86,11 @@ def dangers(config: Config) -> list[str]:
             "externalURL: access: verify needs it: clients get their token there; write for example "
             "https://cache.corp:5000, the address of 'listen' as they see it"
         )
+    is_tls = listener.tls_cert_file is not None or listener.tls_terminated_in_front
+    if is_tls and config.external_url is not None and config.external_url.startswith("http://"):
+        faults.append(
+            "externalURL: clients would show their passwords in plain text there; the listener has TLS: write https://"
+        )
     if config.verifies and listener.htpasswd_file:
         faults.append(
             "listener.htpasswdFile and access: verify exclude each other: a client has one Authorization header; use "
@@ -98,6 +103,12 @@ def dangers(config: Config) -> list[str]:
         )
     for number, upstream in enumerate(config.upstreams):
         access = upstream.access or AccessConfig()
+        if upstream.client_cert_file is not None and (access.mode != "shared" or access.repositories):
+            faults.append(
+                f"upstreams[{number}].access: clientCertFile is shown with every request, so nobody can find out what the "
+                "anonymous may read; say access: shared, without repositories: what it opens is given to everybody who may "
+                "use the listener"
+            )
         is_meant = access.i_understand_this_is_shared or access.repositories or listener.is_guarded
         if access.mode == "shared" and not is_meant:
             faults.append(

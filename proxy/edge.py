@@ -112,7 +112,7 @@ class Edge:
     async def _caller(self, request: web.BaseRequest, *, is_open: bool) -> Caller:
         address = request.remote or "-"
         if self._is_fronted:  # the last one is what the front has written; what is before it anybody can write
-            address = request.headers.get("X-Forwarded-For", address).rpartition(",")[2].strip()[:64]
+            address = request.headers.getall("X-Forwarded-For", [address])[-1].rpartition(",")[2].strip()[:64]
         if is_open:
             return Caller(address)
         certificate = request.transport.get_extra_info("peercert") if request.transport is not None else None
@@ -139,8 +139,9 @@ class Edge:
 
 
 def _offered(request: web.BaseRequest, found: tuple[Route, re.Match[str]] | None) -> tuple[Route, re.Match[str]]:
-    if request.method not in (found[0].methods() if found else ("GET", "HEAD")):
-        raise Unsupported("this registry is a cache: it can be read only", headers={"Allow": "GET, HEAD"})
+    methods = found[0].methods() if found else ("GET", "HEAD")
+    if request.method not in methods:
+        raise Unsupported("this registry is a cache: it can be read only", headers={"Allow": ", ".join(methods)})
     if found is None:
         raise NameUnknown("this is a registry; its API is below /v2/")
     return found

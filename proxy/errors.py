@@ -65,7 +65,14 @@ class Denied(RegistryError):
 
 
 class CredentialRefused(Denied):
-    """What was shown to prove who asks is not accepted: not only the right is missing."""
+    """What was shown to prove who asks is not accepted: not only the right is missing.
+
+    ``is_certain``: a program said so, not a page for people, which may be that of a gateway in between.
+    """
+
+    def __init__(self, message: str, *, headers: dict[str, str] | None = None, is_certain: bool = True) -> None:
+        super().__init__(message, headers=headers)
+        self.is_certain = is_certain
 
 
 class Unauthorized(RegistryError):

@@ -7,7 +7,6 @@ from typing import Any
 
 from proxy.access.proofs import mode_of
 from proxy.credentials.credential import Credential
-from proxy.credentials.programs import ProgramFailed
 from proxy.credentials.secrets import PullSecrets
 from proxy.errors import RegistryError
 from proxy.names import parse_image_name
@@ -37,11 +36,7 @@ class Explain:
         upstream = self._upstreams[image.host]
         name = f"{image.host}/{image.repository}"
         verdict = self._rules.decide(name)
-        failure = None
-        try:
-            credentials = await self._pull_secrets.lookup(name)
-        except ProgramFailed as error:
-            credentials, failure = [], str(error)
+        found = await self._pull_secrets.lookup(name)
         return {
             "image": str(image),
             "upstream": {"name": upstream.name, "endpoints": upstream.config.endpoints},
@@ -49,8 +44,8 @@ class Explain:
             "allowed": verdict.allowed,
             "rule": verdict.rule,
             "dryRunDenied": verdict.dry_run_denied,
-            "credentials": [_described(upstream, credential) for credential in credentials],
-            "credentialFailure": failure,
+            "credentials": [_described(upstream, credential) for credential in found.credentials],
+            "credentialFailure": found.failure,
         }
 
 

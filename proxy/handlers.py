@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,11 +14,12 @@ from proxy.access import probes
 from proxy.access.authorization import TokenRequestInvalid
 from proxy.access.caller import Caller
 from proxy.access.gate import Gate
-from proxy.access.proofs import Access, Probe
+from proxy.access.probes import Probe
+from proxy.access.proofs import Access, Withdrawn
 from proxy.answers import Answer, Target
 from proxy.credentials.credential import Asker, Identity
 from proxy.discovery import Discovery, Named
-from proxy.errors import Denied, LoopDetected, NameUnknown, Unauthorized
+from proxy.errors import Denied, LoopDetected, NameUnknown, RequestTooLarge, Unauthorized
 from proxy.listings import parse_query
 from proxy.logs import printable
 from proxy.metrics import Metrics
@@ -42,6 +44,7 @@ log = logging.getLogger(__name__)
 
 _MAX_VIA = 1024
 _MAX_HOPS = 8
+_FORM_SECONDS = 10.0
 _NOT_KEPT = {"Cache-Control": "no-store", "Pragma": "no-cache"}
 
 
@@ -94,14 +97,14 @@ class Handlers:
         reference = parse_reference(path["reference"])
         accept = classify_accept(request.headers.getall("Accept", []))
         ask = self.pull.manifest_head if request.method == "HEAD" else self.pull.manifest
-        probe = probes.of_manifest(asked.upstream, asked.repository, reference, asked.via)
+        probe = probes.of_manifest(asked.upstream, asked.repository, reference)
         return await self._answer(request, asked, probe, lambda target: ask(target, reference, accept))
 
     async def blob(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """end-2: a blob."""
         asked = self._asked(request, path["name"])
         digest = parse_digest(path["digest"])
-        probe = probes.of_blob(asked.upstream, asked.repository, digest, asked.via, self.store)
+        probe = probes.of_blob(asked.upstream, asked.repository, digest, self.store)
         if request.method == "HEAD":
             return await self._answer(request, asked, probe, lambda target: self.pull.blob_head(target, digest))
         part = range_of(request, digest)
@@ -113,7 +116,7 @@ class Handlers:
         asked = self._asked(request, path["name"])
         query = parse_query(request.rel_url.raw_query_string)
         named = Named(path["name"], request.rel_url.query.get("ns"))
-        probe = probes.of_list(asked.upstream, asked.repository, asked.via)
+        probe = probes.of_list(asked.upstream, asked.repository)
         return await self._answer(request, asked, probe, lambda target: self.discovery.tags(target, named, query))
 
     async def referrers(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
@@ -121,14 +124,18 @@ class Handlers:
         asked = self._asked(request, path["name"])
         subject = parse_digest(path["digest"])
         artifact_type = request.rel_url.query.get("artifactType")
-        probe = probes.of_list(asked.upstream, asked.repository, asked.via)
+        probe = probes.of_list(asked.upstream, asked.repository)
         return await self._answer(
             request, asked, probe, lambda target: self.discovery.referrers(target, subject, artifact_type)
         )
 
     async def token(self, request: web.BaseRequest, _: Match[str]) -> web.StreamResponse:
         """A token for the credential that the client shows, or for the anonymous (distribution ``spec/auth``)."""
-        body = await request.read() if request.method == "POST" else b""
+        try:
+            async with asyncio.timeout(_FORM_SECONDS):
+                body = await request.read() if request.method == "POST" else b""
+        except TimeoutError:
+            raise RequestTooLarge("the form did not come in time") from None
         header = authorization_of(request)
         try:
             given = self.gate.token(request[CALLER].address, request.method, request.rel_url.raw_query_string, body, header)
@@ -164,20 +171,26 @@ class Handlers:
         """Access first, then content. A refusal of the registry ends what its yes had allowed."""
         caller = request[CALLER]
         try:
-            identity = await self.access.identity(asked.upstream, asked.repository, caller, probe)
-            answer = await self._content(asked, identity, ask)
+            try:
+                identity, answer = await self._read(asked, caller, probe, ask)
+            except Withdrawn:  # whoever has a right of his own does not suffer for it that others have none any more
+                identity, answer = await self._read(asked, caller, probe, ask)
         except Unauthorized as error:
             raise self.gate.unauthorized(error.message, scope=f"repository:{asked.name}:pull") from None
         is_private = identity.proof != "anonymous" or caller.user is not None
         return await self._send(request, replace(answer, is_private=is_private))
 
-    async def _content(self, asked: Asked, identity: Identity, ask: Callable[[Target], Awaitable[Answer]]) -> Answer:
+    async def _read(
+        self, asked: Asked, caller: Caller, probe: Probe, ask: Callable[[Target], Awaitable[Answer]]
+    ) -> tuple[Identity, Answer]:
+        """In whose name, and what; raises ``Withdrawn`` where that has just lost its right, and another may have one."""
+        since = self.store.withdrawals
+        identity = await self.access.identity(asked.upstream, asked.repository, caller, probe)
+        asker = Asker(identity, asked.via)
         try:
-            return await ask(Target(asked.upstream.name, asked.upstream.key, asked.repository, Asker(identity, asked.via)))
+            return identity, await ask(Target(asked.upstream.name, asked.upstream.key, asked.repository, asker, since))
         except Denied as refusal:
-            await self.access.withdraw(asked.upstream, asked.repository, identity, refusal)
-            if identity.proof == "client":
-                raise Unauthorized(refusal.message) from None
+            await self.access.refused(asked.upstream, asked.repository, identity, refusal)
             raise
 
     async def _send(self, request: web.BaseRequest, answer: Answer) -> web.StreamResponse:

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 BLOB_TYPE = "application/octet-stream"
 _JOIN_WITHIN = 1.0  # seconds: a later caller may have seen a push that an earlier question did not
+_REFUSALS = 8
 _PATIENCE = 20.0  # seconds for small content to be whole; containerd 2.3 waits 30 s for headers
 
 
@@ -85,10 +86,11 @@ class Pull:
             return (await self._get(target, reference, accept)).answer("miss", changes=True)
         try:
             head = await self._ask_tag(target, reference, accept)
-            if head.digest == held.digest:
+            if head.digest == held.digest and self._is_linked(target, held.digest):
                 return held.answer("revalidated", changes=True)
             try:
-                fresh = self._manifest(head.digest) or await self._get(target, head.digest, accept)
+                known_one = self._manifest(head.digest) if self._is_linked(target, head.digest) else None
+                fresh = known_one or await self._get(target, head.digest, accept)
             except ManifestUnknown as error:
                 raise UpstreamBroken(f"{target.upstream} contradicts itself: {error}") from error
             return fresh.answer("miss", changes=True)
@@ -139,7 +141,8 @@ class Pull:
 
             async def head() -> None:
                 told = await upstream.head_manifest(target.repository, digest, media_type, target.asker)
-                if not told.is_told or told.digest != digest:  # 405, a login page, no word of which: only bytes tell
+                is_word = told.is_told and told.digest == digest  # not 405, a login page, no word of which
+                if not is_word or self._store.is_others(target.key, digest):
                     await upstream.get_manifest(target.repository, digest, media_type, target.asker, verify)
 
             await self._prove(target, digest, head)
@@ -159,7 +162,7 @@ class Pull:
                 held = await self._get(target, tag, accept)
                 return _Pointed(held.digest, len(held.body), held.media_type)
             await self._set_tag(target, tag, accept, head.digest)
-            if self._store.has(head.digest):
+            if self._store.has(head.digest) and not self._store.is_others(target.key, head.digest):
                 await self._link(target, head.digest)  # so the upstream has just said
             return _Pointed(head.digest, head.size, head.media_type)
 
@@ -214,17 +217,21 @@ class Pull:
 
     # -- blobs -------------------------------------------------------------------------------------------------------
 
-    async def blob(self, target: Target, digest: Digest, start: int, *, own: bool = False, mismatches: int = 0) -> Answer:
+    async def blob(
+        self, target: Target, digest: Digest, start: int, *, own: bool = False, mismatches: int = 0, refusals: int = 0
+    ) -> Answer:
         """A blob, to be read from about ``start`` on; raises ``RegistryError``.
 
         ``own``: another repository's download of it has just failed; this one's own is begun. ``mismatches``: so many
-        endpoints have just sent something else, of which the client has seen nothing yet.
+        endpoints have just sent something else, of which the client has seen nothing yet. ``refusals``: so many others,
+        whose download this one followed, have just lost their right.
         """
         origin = target.origin
-        await self._may_read(target, digest)
+        is_proved = await self._may_read(target, digest)
         # From here to join there is no await: what ends being in flight is held before it leaves the table.
-        if (stored := self._store.open_blob(digest)) is not None:
+        if is_proved and (stored := self._store.open_blob(digest)) is not None:
             return Answer(digest, stored.size, BLOB_TYPE, "hit", stored)
+        own = own or not is_proved
         upstream = self._upstreams[target.upstream]
 
         async def source(offset: int, attempt: int) -> Stream:
@@ -248,8 +255,9 @@ class Pull:
             reader.close()
             if isinstance(error, Mismatch) and mismatches + 1 < upstream.endpoints:
                 return await self.blob(target, digest, start, own=own, mismatches=mismatches + 1)  # the next one's turn
-            is_anothers = followed != origin or isinstance(error, Denied)  # a refusal concerns him who was refused
-            if own or followed is None or not is_anothers:
+            if followed is not None and isinstance(error, Denied) and refusals < _REFUSALS:  # it concerns who was refused
+                return await self.blob(target, digest, start, own=own, refusals=refusals + 1)
+            if own or followed in (None, origin):
                 raise
             return await self.blob(target, digest, start, own=True)
         except BaseException:
@@ -259,28 +267,33 @@ class Pull:
 
     async def blob_head(self, target: Target, digest: Digest) -> Answer:
         """The size of a blob; starts no download. Raises ``RegistryError``."""
-        await self._may_read(target, digest)
-        if (stored := self._store.open_blob(digest)) is not None:
+        is_proved = await self._may_read(target, digest)
+        if is_proved and (stored := self._store.open_blob(digest)) is not None:
             return Answer(digest, stored.size, BLOB_TYPE, "hit", stored)
         size = self._store.size_of(target.key, target.repository, digest)
-        if size is not None and self._is_named(target, digest):
+        if is_proved and size is not None and self._is_named(target, digest):
             return Answer(digest, size, BLOB_TYPE, "hit", None)
         size = await self._upstreams[target.upstream].head_blob(target.repository, digest, target.asker)
         return Answer(digest, size, BLOB_TYPE, "head", None)
 
-    async def _may_read(self, target: Target, digest: Digest) -> None:
-        """Proves the link of what is held or in flight, by one HEAD. What is neither is proved by the GET that brings it."""
+    async def _may_read(self, target: Target, digest: Digest) -> bool:
+        """Proves the link of what is held or in flight, by one HEAD. What is neither is proved by the GET that brings it.
+
+        False: it is private elsewhere, and an upstream that only says that it has it, too, has to show it.
+        """
         if self._is_linked(target, digest):
-            return
+            return True
         in_flight = self._fetcher.origin(digest)
         if in_flight is None and not self._store.has(digest):
-            return
+            return True
         if in_flight is not None and (in_flight.upstream, in_flight.repository) == (target.key, target.repository):
-            return
+            return True
         # Who can write a manifest can name what he cannot read: it proves what anybody may have, and no more.
         is_public = self._store.is_public(digest) or (in_flight is not None and in_flight.proof == "anonymous")
         if is_public and self._is_named(target, digest):
-            return
+            return True
+        if not is_public and (in_flight.upstream != target.key if in_flight else self._store.is_others(target.key, digest)):
+            return False
         upstream = self._upstreams[target.upstream]
 
         def verify(told: int | None) -> None:
@@ -292,6 +305,7 @@ class Pull:
             await upstream.head_blob(target.repository, digest, target.asker, verify)
 
         await self._prove(target, digest, head)
+        return True
 
     async def _prove(self, target: Target, digest: Digest, head: Callable[[], Awaitable[None]]) -> None:
         """One HEAD for all who wait, by which the upstream says that the content is in that repository."""

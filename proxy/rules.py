@@ -11,6 +11,7 @@ import fnmatch
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from proxy.config import RuleConfig
 
@@ -52,6 +53,7 @@ def may_read(globs: Sequence[str], name: str) -> bool:
     return any(compile_glob(glob).match(name) for glob in globs)
 
 
+@lru_cache(4096)
 def compile_glob(glob: str) -> re.Pattern[str]:
     """A pattern whose ``match`` takes a whole name, as the glob says."""
     return re.compile(fnmatch.translate(glob))

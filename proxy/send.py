@@ -1,7 +1,8 @@
 """Content to a client: one sender for what is held, what is arriving, and what is in memory.
 
 Bytes in a file go out by ``sendfile`` from the event loop, a megabyte at a time, without a thread and without passing
-through Python; aiohttp writes the headers and all else. A client that takes next to nothing is cut.
+through Python, unless TLS has to see them; aiohttp writes the headers and all else. A client that takes next
+to nothing is cut.
 """
 
 from __future__ import annotations
@@ -156,12 +157,12 @@ async def _send_body(
     transport = request.transport
     if transport is None:
         raise ConnectionResetError("the client has gone")
-    transport.set_write_buffer_limits(0)
+    transport.set_write_buffer_limits(high=1)  # 0 would stop a TLS transport for good
     with _Socket(transport, request.writer, metrics) as wire:
         async for piece in content.read(start, stop):
             if isinstance(piece, bytes):
                 await wire.patiently(response.write(piece))
-            elif stop is None:  # the length is not known: chunks, which aiohttp frames
+            elif stop is None or not wire.takes_files:  # chunks, which aiohttp frames, or TLS
                 for offset in range(piece.offset, piece.offset + piece.count, _CHUNK):
                     count = min(_CHUNK, piece.offset + piece.count - offset)
                     if len(data := os.pread(piece.descriptor, count, offset)) != count:
@@ -187,6 +188,7 @@ class _Socket:
 
     def __init__(self, transport: asyncio.Transport, writer: AbstractStreamWriter, metrics: Metrics) -> None:
         self._transport = transport
+        self.takes_files = transport.get_extra_info("sslcontext") is None  # sendfile would write past TLS, in the clear
         self._writer = writer
         self._metrics = metrics
         try:
@@ -265,7 +267,8 @@ class _Socket:
     def _left(self) -> int:
         """Bytes that the client has not yet taken of what was given to it (``SIOCOUTQ``, tcp(7), and the transport's)."""
         queued = fcntl.ioctl(self._descriptor, termios.TIOCOUTQ, b"\0\0\0\0")
-        return int(struct.unpack("i", queued)[0]) + self._transport.get_write_buffer_size()
+        waiting = 0 if self._transport.is_closing() else self._transport.get_write_buffer_size()
+        return int(struct.unpack("i", queued)[0]) + waiting
 
 
 def _matches(header: str | None, answer: Answer) -> bool:

@@ -11,12 +11,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from proxy import files
 from proxy.metrics import Metrics
 from proxy.threads import Threads
 
 log = logging.getLogger(__name__)
-
-_MAX_FILE = 4 * 1024 * 1024
 
 
 class Faults(Exception):
@@ -89,11 +88,7 @@ def when_changed(
     known: list[tuple[bytes, ...]] = []
 
     def contents() -> tuple[bytes, ...]:
-        found = []
-        for path in paths:
-            with path.open("rb") as file:
-                found.append(file.read(_MAX_FILE))
-        return tuple(found)
+        return tuple(files.read(path) for path in paths)
 
     async def reread() -> None:
         try:

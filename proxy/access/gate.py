@@ -21,11 +21,13 @@ from proxy.access.authorization import (
 from proxy.access.caller import Caller
 from proxy.access.handles import ANONYMOUS_HANDLE, Handles
 from proxy.access.htpasswd import Users
+from proxy.access.turns import Turns
 from proxy.errors import CacheFailing, Denied, Unauthorized
 from proxy.once import Once
 from proxy.rules import may_read
 
 SERVICE = "pullcache"
+_AT_ONCE = 2  # passwords of one client that are checked at the same time
 
 
 class Gate:
@@ -47,6 +49,7 @@ class Gate:
         self._handles = handles
         self._attempts = attempts
         self._once: Once[tuple[str, Basic], None] = Once()
+        self._turns = Turns()
 
     async def admit(self, address: str, header: str | None, certificate_user: str | None) -> Caller:
         """Who the client is; raises ``Unauthorized`` where that has to be shown, ``TooManyAttempts`` after wrong tries."""
@@ -106,7 +109,8 @@ class Gate:
         """One check for all who show the same at the same time: a crowd that is right is not many that are wrong."""
         attempt = self._attempts.begin(address, "this listener")
         try:
-            is_right = await users.verify(shown.username, shown.password)
+            async with self._turns.of(address, _AT_ONCE):
+                is_right = await users.verify(shown.username, shown.password)
         except Unauthorized as error:
             raise self.unauthorized(error.message) from None
         except CacheFailing:

@@ -27,7 +27,7 @@ class Handles:
     a handle or credential is in its ``repr``.
     """
 
-    def __init__(self, timer: Callable[[], float], life: float = 300.0, per_owner: int = 64, size: int = 16384) -> None:
+    def __init__(self, timer: Callable[[], float], life: float = 300.0, per_owner: int = 1024, size: int = 16384) -> None:
         self._timer = timer
         self._life = life
         self._per_owner = per_owner

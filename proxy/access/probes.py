@@ -1,8 +1,13 @@
-"""What an upstream is asked to find out whether somebody may read a repository: one HEAD of what he wants."""
+"""What an upstream is asked to find out whether somebody may read a repository: one HEAD of what he wants.
+
+Nothing of a client's goes with it but his credential: what he could spoil would be the answer.
+"""
 
 from __future__ import annotations
 
-from proxy.access.proofs import Probe
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
 from proxy.credentials.credential import Asker, Identity
 from proxy.errors import UpstreamBroken
 from proxy.listings import ListInvalid, ListQuery, parse_tags
@@ -11,10 +16,21 @@ from proxy.names import Digest, Reference, Repository
 from proxy.storage.store import Store
 from proxy.upstream.client import ManifestBody, Page, Upstream
 
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Asks the upstream for ``what`` of a repository, in somebody's name; raises ``RegistryError`` unless it is a yes."""
+
+    what: str
+    ask: Callable[[Identity], Awaitable[None]]
+    proves: bool = True
+    """Whether its yes is one to pull whatever is in the repository."""
+
+
 _ANY = ", ".join(MODERN)
 
 
-def of_manifest(upstream: Upstream, repository: Repository, reference: Reference, via: str) -> Probe:
+def of_manifest(upstream: Upstream, repository: Repository, reference: Reference) -> Probe:
     """Whether a manifest is given; by GET where HEAD does not tell."""
 
     async def verify(answer: ManifestBody) -> None:
@@ -26,7 +42,7 @@ def of_manifest(upstream: Upstream, repository: Repository, reference: Reference
             raise UpstreamBroken(f"{upstream.name} sent another manifest than {reference}")
 
     async def probe(identity: Identity) -> None:
-        asker = Asker(identity, via, wants_a_right=True)
+        asker = Asker(identity, wants_a_right=True)
         head = await upstream.head_manifest(repository, reference, _ANY, asker)
         if not head.is_told or (isinstance(reference, Digest) and head.digest != reference):
             await upstream.get_manifest(repository, reference, _ANY, asker, verify)
@@ -34,8 +50,8 @@ def of_manifest(upstream: Upstream, repository: Repository, reference: Reference
     return Probe(f"manifest {reference}", probe)
 
 
-def of_blob(upstream: Upstream, repository: Repository, digest: Digest, via: str, store: Store) -> Probe:
-    """Whether a blob is given, of the size that it has."""
+def of_blob(upstream: Upstream, repository: Repository, digest: Digest, store: Store) -> Probe:
+    """Whether a blob is given, of the size that it has; of one that is not held, any 200 would do, so it proves nothing."""
 
     def verify(told: int | None) -> None:
         held = store.held_size(digest)
@@ -43,13 +59,13 @@ def of_blob(upstream: Upstream, repository: Repository, digest: Digest, via: str
             raise UpstreamBroken(f"{upstream.name} says that {digest} has {told} bytes, and it has {held}")
 
     async def probe(identity: Identity) -> None:
-        await upstream.head_blob(repository, digest, Asker(identity, via, wants_a_right=True), verify)
+        await upstream.head_blob(repository, digest, Asker(identity, wants_a_right=True), verify)
 
-    return Probe(f"blob {digest}", probe)
+    return Probe(f"blob {digest}", probe, proves=store.has(digest))
 
 
-def of_list(upstream: Upstream, repository: Repository, via: str) -> Probe:
-    """Whether the tags are told."""
+def of_list(upstream: Upstream, repository: Repository) -> Probe:
+    """Whether the tags are told, which is another right than that to pull."""
 
     async def verify(page: Page) -> None:
         try:
@@ -58,6 +74,6 @@ def of_list(upstream: Upstream, repository: Repository, via: str) -> Probe:
             raise UpstreamBroken(f"{upstream.name} sent no usable list of tags: {error}") from error
 
     async def probe(identity: Identity) -> None:
-        await upstream.list_tags(repository, ListQuery().limited(1), Asker(identity, via, wants_a_right=True), verify)
+        await upstream.list_tags(repository, ListQuery().limited(1), Asker(identity, wants_a_right=True), verify)
 
-    return Probe("tags", probe)
+    return Probe("tags", probe, proves=False)

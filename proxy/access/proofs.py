@@ -12,24 +12,28 @@ import hashlib
 import hmac
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from cachetools import LRUCache, TTLCache
 
-from proxy.access.attempts import Attempts
+from proxy.access import probes
+from proxy.access.attempts import Attempt, Attempts
 from proxy.access.caller import Caller
+from proxy.access.probes import Probe
+from proxy.access.turns import Turns
 from proxy.config import AccessConfig, UpstreamConfig
 from proxy.credentials.credential import ANONYMOUS, QUOTA, SECRET, Identity
 from proxy.errors import (
     BlobUnknown,
+    CredentialRefused,
     Denied,
     ManifestUnknown,
     NameUnknown,
     RegistryError,
     Unauthorized,
+    UpstreamBroken,
     UpstreamFailing,
     UpstreamUnavailable,
 )
@@ -42,20 +46,14 @@ from proxy.upstream.client import Upstream
 
 log = logging.getLogger(__name__)
 
+_PRIVATE = 60.0  # seconds that a no to the anonymous, or to us, is remembered: each pull would cost it twice
 _REFUSED = 10.0  # seconds that a no to a credential is remembered: its owner may just have been given the right
 _FAILING = 5.0  # seconds in which an upstream that failed is not asked for what it has said yes to before
 _PATIENCE = 20.0
-_AT_ONCE = 5  # credentials of one client that are tried at the same time
+_AT_ONCE = 5  # credentials of one client that are tried at the same time: the right ones take their attempts back
+_AT_ONCE_UPSTREAM = 20
 
 Mode = Literal["public", "verify", "shared"]
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """Asks the upstream for ``what`` of a repository, in somebody's name; raises ``RegistryError`` unless it is a yes."""
-
-    what: str
-    ask: Callable[[Identity], Awaitable[None]]
 
 
 _Key = tuple[bytes, str, Repository]
@@ -81,10 +79,21 @@ def _ages(access: AccessConfig, identity: Identity) -> tuple[float, float]:
             return access.max_age, access.stale_for
 
 
-@dataclass(slots=True)
-class _Turns:
-    free: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_ONCE))
-    users: int = 0
+class Withdrawn(Denied):
+    """The registry gives it to this identity no more; to another it may."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """Whether ``identity`` may read a repository, and how that is found out."""
+
+    upstream: Upstream
+    repository: Repository
+    identity: Identity
+    probe: Probe
+    key: _Key
+    address: str
+    """Of the client whose credential it is about; empty where it is about none."""
 
 
 class Access:
@@ -106,12 +115,15 @@ class Access:
         self._timer = timer
         self._hash_key = secrets.token_bytes(32)
         self._yes: LRUCache[_Key, float] = LRUCache(65536)
-        self._private: TTLCache[_Key, Denied] = TTLCache(16384, 60.0, timer=timer)  # what the anonymous, or we, may not read
-        self._refused: TTLCache[_Key, Denied] = TTLCache(16384, _REFUSED, timer=timer)
-        self._not_wrong: TTLCache[tuple[bytes, str], bool] = TTLCache(16384, 60.0, timer=timer)
-        self._failing: TTLCache[str, bool] = TTLCache(1024, _FAILING, timer=timer)
-        self._once: Once[tuple[_Key, str], None] = Once()
-        self._turns: dict[str, _Turns] = {}
+        self._noes: LRUCache[_Key, int] = LRUCache(65536)  # how many there were: a yes from before one of them is none
+        self._private: TTLCache[_Key, str] = TTLCache(
+            16384, _PRIVATE, timer=timer
+        )  # what the anonymous, or we, may not read
+        self._refused: TTLCache[_Key, str] = TTLCache(16384, _REFUSED, timer=timer)
+        self._tried: TTLCache[tuple[bytes, str], bool] = TTLCache(16384, 60.0, timer=timer)
+        self._failing: TTLCache[_Key, bool] = TTLCache(16384, _FAILING, timer=timer)
+        self._once: Once[tuple[_Key, str], None] = Once(outlives_callers=True)  # bounded, and its answer is worth having
+        self._turns = Turns()
 
     async def identity(self, upstream: Upstream, repository: Repository, caller: Caller, probe: Probe) -> Identity:
         """In whose name ``caller`` reads a repository.
@@ -121,15 +133,16 @@ class Access:
         """
         mode = mode_of(upstream.config, repository)
         if mode == "shared":
-            await self._prove(upstream, repository, SECRET, probe, caller)
+            await self._prove(self._question(upstream, repository, SECRET, probe))
             return SECRET
         if mode == "public" and not self._has_secret(upstream.config):
             return ANONYMOUS
-        client = Identity("client", caller.credential)
-        if caller.credential is not None and upstream.key in self._failing and self._has_yes(upstream, repository, client):
-            return client  # whether the anonymous may read it cannot be found out now
+        anyone = self._question(upstream, repository, ANONYMOUS, probe)
+        client = self._question(upstream, repository, Identity("client", caller.credential), probe, caller.address)
+        if caller.credential is not None and anyone.key in self._failing and self._age(client.key) < sum(_ages_of(client)):
+            return client.identity  # whether the anonymous may read it cannot be found out now
         try:
-            await self._prove(upstream, repository, ANONYMOUS, probe, caller)
+            await self._prove(anyone)
             return QUOTA
         except (Denied, ManifestUnknown, BlobUnknown, NameUnknown, UpstreamFailing) as error:
             if mode == "public" or (caller.credential is None and not isinstance(error, Denied)):
@@ -137,27 +150,24 @@ class Access:
             if caller.credential is None:
                 raise Unauthorized(f"{repository} of {upstream.name} is not public: {error.message}") from None
         try:
-            await self._prove(upstream, repository, client, probe, caller)
+            await self._prove(client)
         except Denied as error:
             raise Unauthorized(f"{upstream.name} does not give {repository} to this credential: {error.message}") from None
-        return client
+        return client.identity
 
-    def _has_yes(self, upstream: Upstream, repository: Repository, identity: Identity) -> bool:
-        """Whether a yes is remembered that may be used while the upstream cannot be asked."""
-        checked = self._yes.get(self._key(upstream, repository, identity))
-        return checked is not None and self._timer() - checked < sum(
-            _ages(upstream.config.access or AccessConfig(), identity)
-        )
-
-    async def withdraw(self, upstream: Upstream, repository: Repository, identity: Identity, refusal: Denied) -> None:
-        """The registry has refused what it gave before: no yes of that identity holds any longer."""
-        key = self._key(upstream, repository, identity)
-        self._yes.pop(key, None)
-        if identity.proof == "client":
-            self._refused[key] = refusal
+    async def refused(self, upstream: Upstream, repository: Repository, identity: Identity, refusal: Denied) -> None:
+        """The registry has refused something to whom it had said yes. Raises ``Withdrawn`` where it was the repository, and
+        another identity may still read it, ``Unauthorized`` where that is for the client to show."""
+        who = ANONYMOUS if identity.proof == "anonymous" else identity
+        question = self._question(upstream, repository, who, probes.of_list(upstream, repository))
+        was_given = question.key in self._yes or self._store.was_given(upstream.key, repository, who.proof)
+        if not was_given or not await self._is_closed(question, refusal):
             return
-        self._private[key] = refusal
-        await self._threads.run(self._store.withdraw, upstream.key, repository, identity.proof)
+        await self._withdraw(question, refusal)
+        if who.proof == "client":
+            raise Unauthorized(refusal.message)
+        if mode_of(upstream.config, repository) == "verify":
+            raise Withdrawn(refusal.message)
 
     def forget_secret(self) -> None:
         """Our own secrets are others now: neither yes nor no to them holds any longer."""
@@ -169,91 +179,118 @@ class Access:
         """Ends what is being asked."""
         await self._once.close()
 
-    async def _prove(
-        self, upstream: Upstream, repository: Repository, identity: Identity, probe: Probe, caller: Caller
-    ) -> None:
+    async def _prove(self, question: _Question) -> None:
         """A yes that is not too old; raises ``RegistryError`` where there is none."""
-        key = self._key(upstream, repository, identity)
-        fresh, stale = _ages(upstream.config.access or AccessConfig(), identity)
-        checked = self._yes.get(key)
-        age = self._timer() - checked if checked is not None else float("inf")
+        key, upstream, repository = question.key, question.upstream, question.repository
+        fresh, stale = _ages_of(question)
+        age = self._age(key)
         if age < fresh:
             return
         for memory in (self._private, self._refused):
             if (refusal := memory.get(key)) is not None:
-                raise type(refusal)(refusal.message)
-        was_given = age < fresh + stale or (
-            identity.proof != "client" and self._store.was_given(upstream.key, repository, identity.proof)
-        )
-        if was_given and upstream.key in self._failing:
+                raise Denied(refusal)
+        proof = question.identity.proof
+        was_given = age < fresh + stale or (proof != "client" and self._store.was_given(upstream.key, repository, proof))
+        if was_given and key in self._failing:
             return
         try:
-            await self._once.run(
-                (key, probe.what), lambda: self._ask(key, upstream, repository, identity, probe, caller, is_known=was_given)
-            )
+            await self._once.run((key, question.probe.what), lambda: self._ask(question, was_given=was_given))
         except UpstreamFailing as failure:
-            self._failing[upstream.key] = True
+            self._failing[key] = True
             if not was_given:
                 raise
-            log.warning(
-                "%s of %s is served on the yes of %s: %s", repository, upstream.name, identity.proof, failure.message
-            )
+            log.warning("%s of %s is served on the yes of before: %s", repository, upstream.name, failure.message)
 
-    async def _ask(
-        self,
-        key: _Key,
-        upstream: Upstream,
-        repository: Repository,
-        identity: Identity,
-        probe: Probe,
-        caller: Caller,
-        *,
-        is_known: bool,
-    ) -> None:
-        """Asks the upstream, within the number of attempts that wrong credentials may cost it."""
+    async def _ask(self, question: _Question, *, was_given: bool) -> None:
+        """Asks the upstream when it is the client's turn; raises ``UpstreamUnavailable`` where that takes too long."""
+        upstream = question.upstream
         try:
-            async with asyncio.timeout(_PATIENCE), self._turn(caller.address if identity.proof == "client" else ""):
-                is_known = is_known or identity.proof != "client" or (key[0], upstream.key) in self._not_wrong
-                attempt = None if is_known else self._attempts.begin(caller.address, upstream.name)
-                try:
-                    await probe.ask(identity)
-                except Denied as error:
-                    await self.withdraw(upstream, repository, identity, error)
-                    raise
-                except RegistryError as error:
-                    if attempt is not None and isinstance(error, UpstreamFailing):
-                        attempt.succeeded()  # it was not heard
-                    elif identity.proof == "client":
-                        self._not_wrong[key[0], upstream.key] = True
-                    raise
-                if attempt is not None:
-                    attempt.succeeded()
-                if identity.proof == "client":
-                    self._not_wrong[key[0], upstream.key] = True
-                self._yes[key] = self._timer()
+            async with (
+                asyncio.timeout(_PATIENCE),
+                self._turns.of(question.address, _AT_ONCE),
+                self._turns.of(question.address and upstream.name, _AT_ONCE_UPSTREAM),
+            ):
+                await self._try(question, was_given=was_given)
         except TimeoutError as error:
-            raise UpstreamUnavailable(f"{upstream.name} did not say in time who may read {repository}") from error
+            raise UpstreamUnavailable(f"{upstream.name} did not say in time who may read {question.repository}") from error
 
-    @asynccontextmanager
-    async def _turn(self, address: str) -> AsyncIterator[None]:
-        """Waits until few enough credentials of one client are being tried: a right one takes its attempt back."""
-        if not address:
-            yield
-            return
-        turns = self._turns.setdefault(address, _Turns())
-        turns.users += 1
+    async def _try(self, question: _Question, *, was_given: bool) -> None:
+        """Asks within the number of attempts that wrong credentials may cost; remembers the answer."""
+        who = (question.key[0], question.upstream.key)
+        attempt = self._attempt(question, was_given=was_given)
+        noes = self._noes.get(question.key, 0)
         try:
-            async with turns.free:
-                yield
-        finally:
-            turns.users -= 1
-            if not turns.users:
-                del self._turns[address]
+            await question.probe.ask(question.identity)
+        except Denied as error:
+            if not was_given or await self._is_closed(question, error):
+                await self._withdraw(question, error)
+            raise
+        except RegistryError:
+            self._tried[who] = True
+            raise
+        except asyncio.CancelledError:  # it took too long: nothing was learnt
+            if attempt is not None:
+                attempt.succeeded()
+            raise
+        if attempt is not None:
+            attempt.succeeded()
+        self._tried[who] = True
+        if noes != self._noes.get(question.key, 0):
+            raise Denied(f"{question.upstream.name} has just closed {question.repository}")
+        if question.probe.proves:
+            self._yes[question.key] = self._timer()
 
-    def _key(self, upstream: Upstream, repository: Repository, identity: Identity) -> _Key:
+    def _attempt(self, question: _Question, *, was_given: bool) -> Attempt | None:
+        """Counts a credential of a client of which nothing is known; raises ``TooManyAttempts``."""
+        if not question.address or was_given or (question.key[0], question.upstream.key) in self._tried:
+            return None
+        return self._attempts.begin(question.address, question.upstream.name)
+
+    async def _is_closed(self, question: _Question, refusal: Denied) -> bool:
+        """Whether a no to whom the registry had said yes is about the repository: registries that scan refuse single
+        artifacts. What may be another's word than the registry's ends no yes: raises ``UpstreamFailing`` then."""
+        try:
+            _check_certain(refusal)
+            await probes.of_list(question.upstream, question.repository).ask(question.identity)
+        except Denied as again:
+            _check_certain(again)
+            return True
+        except NameUnknown:
+            return True
+        return False
+
+    async def _withdraw(self, question: _Question, refusal: Denied) -> None:
+        """No yes of that identity holds any longer, and no link that it had proved."""
+        key = question.key
+        self._yes.pop(key, None)
+        self._noes[key] = self._noes.get(key, 0) + 1
+        if question.identity.proof == "client":
+            self._refused[key] = refusal.message
+            return
+        self._private[key] = refusal.message
+        await self._threads.run(self._store.withdraw, question.upstream.key, question.repository, question.identity.proof)
+
+    def _age(self, key: _Key) -> float:
+        checked = self._yes.get(key)
+        return self._timer() - checked if checked is not None else float("inf")
+
+    def _question(
+        self, upstream: Upstream, repository: Repository, identity: Identity, probe: Probe, address: str = ""
+    ) -> _Question:
         credential = identity.credential
-        if credential is None:
-            return identity.proof.encode(), upstream.key, repository
-        parts = (credential.username, credential.password, credential.identity_token)
-        text = b"".join(len(part).to_bytes(8) + part for part in (part.encode("utf-8", "surrogatepass") for part in parts))
-        return hmac.digest(self._hash_key, text, hashlib.sha256), upstream.key, repository
+        who = identity.proof.encode()
+        if credential is not None:
+            parts = (credential.username, credential.password, credential.identity_token)
+            encoded = [part.encode("utf-8", "surrogatepass") for part in parts]
+            text = b"".join(len(part).to_bytes(8) + part for part in encoded)
+            who = hmac.digest(self._hash_key, text, hashlib.sha256)
+        return _Question(upstream, repository, identity, probe, (who, upstream.key, repository), address)
+
+
+def _ages_of(question: _Question) -> tuple[float, float]:
+    return _ages(question.upstream.config.access or AccessConfig(), question.identity)
+
+
+def _check_certain(refusal: Denied) -> None:
+    if isinstance(refusal, CredentialRefused) and not refusal.is_certain:
+        raise UpstreamBroken(f"{refusal.message}; it said so in a page for people, which may be a gateway's")

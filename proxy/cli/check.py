@@ -38,6 +38,7 @@ def faults_of(config: Config) -> list[str]:
 
 
 async def _secrets(config: Config) -> list[str]:
+    faults: list[str] = []
     async with AsyncExitStack() as stack:
         threads = Threads()
         stack.callback(threads.close)
@@ -45,9 +46,9 @@ async def _secrets(config: Config) -> list[str]:
             pull_secrets = await app.pull_secrets_of(config, threads, stack, lambda _: None)
             try:
                 await pull_secrets.reread()
-            except Faults as faults:
-                return list(faults.lines)
+            except Faults as unusable:
+                faults += unusable.lines
             app.check_access(config, pull_secrets)
         except ConfigError as error:
-            return error.faults
-    return []
+            faults += error.faults
+    return faults

@@ -19,7 +19,7 @@ _LIFE_USED = 0.8
 _FAILURE_REMEMBERED = 10.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Kept(Generic[V]):
     value: V
     seconds: float
@@ -67,6 +67,12 @@ class Ahead(Generic[K, V]):
             if (failure := self._failures.get(key)) is not None:
                 raise failure.with_traceback(None)  # which would grow
         return await self._fetch(keys[0], fetch)
+
+    def renew(self) -> None:
+        """What is kept is fetched anew when it is used next, and given until then; no failure is remembered."""
+        for kept in self._kept.values():
+            kept.renew_at = self._timer()
+        self._failures.clear()
 
     def forget(self) -> None:
         """Drops every value and failure; what is being fetched now is for those who wait for it alone."""

@@ -31,6 +31,14 @@ class Credential:
         return not (self.username or self.password or self.identity_token)
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The credentials for an image; ``failure``: why there may be more, which cannot be had just now."""
+
+    credentials: tuple[Credential, ...]
+    failure: str = ""
+
+
 Proof = Literal["anonymous", "secret", "client"]
 """To whom a registry has given content: anybody, whoever shows the secrets of this cache, or one client by his own."""
 

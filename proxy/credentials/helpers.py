@@ -42,6 +42,10 @@ class CredentialHelpers:
         """Drops what is kept."""
         self._kept.forget()
 
+    def renew(self) -> None:
+        """Asks again for what is kept when it is used next."""
+        self._kept.renew()
+
     async def close(self) -> None:
         """Stops the programs that run for ``get``."""
         await self._kept.close()

@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from proxy.credentials.ahead import Ahead
-from proxy.credentials.credential import Credential
+from proxy.credentials.credential import Credential, Found
 from proxy.credentials.docker_config import Entry
 from proxy.credentials.keyring import Keyring, matches
 from proxy.credentials.programs import ProgramFailed, parse_object, run
@@ -225,27 +225,28 @@ class Providers:
         patterns = [pattern for provider in self._providers for pattern in provider.match_images]
         return any(matches(match[0], registry) for pattern in patterns if (match := _HOST_PART.match(pattern)))
 
-    async def lookup(self, image: str) -> list[Credential]:
+    async def lookup(self, image: str) -> Found:
         """The credentials for ``image``, a full name without tag and digest, in the order in which to try them."""
         answers = await asyncio.gather(
             *(self._answer(provider, image) for provider in self._providers if provider.concerns(image))
         )
-        keyring = Keyring(entry for answer in answers for entry in answer)
-        return [entry.credential for entry in keyring.matching(image) if entry.credential is not None]
-
-    def failing(self, image: str) -> list[str]:
-        """The plugins that are to be asked about ``image``, and have failed when they were asked last."""
-        return [each.name for each in self._providers if each.name in self._failing and each.concerns(image)]
+        keyring = Keyring(entry for answer in answers if isinstance(answer, tuple) for entry in answer)
+        found = tuple(entry.credential for entry in keyring.matching(image) if entry.credential is not None)
+        return Found(found, "; ".join(str(answer) for answer in answers if isinstance(answer, ProgramFailed)))
 
     def forget(self) -> None:
         """Drops what is kept."""
         self._kept.forget()
 
+    def renew(self) -> None:
+        """Asks again for what is kept when it is used next."""
+        self._kept.renew()
+
     async def close(self) -> None:
         """Stops the plugins that run."""
         await self._kept.close()
 
-    async def _answer(self, provider: Provider, image: str) -> tuple[Entry, ...]:
+    async def _answer(self, provider: Provider, image: str) -> tuple[Entry, ...] | ProgramFailed:
         scopes = dict(zip(_CACHE_KEY_TYPES, (image, image.partition("/")[0], ""), strict=True))
         keys = [(provider.name, kind, scope) for kind, scope in scopes.items()]
 
@@ -262,8 +263,8 @@ class Providers:
 
         try:
             return (await self._kept.find(keys, fetch)).entries
-        except ProgramFailed:
-            return ()
+        except ProgramFailed as failure:
+            return failure
 
     async def _ask(self, provider: Provider, image: str) -> Answer:
         program = str(self._bin_directory / provider.name)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from proxy.config import PullSecretSource, UpstreamConfig
-from proxy.credentials.credential import Credential
+from proxy.credentials.credential import Credential, Found
 from proxy.credentials.docker_config import Entry
 from proxy.credentials.helpers import CredentialHelpers
 from proxy.credentials.keyring import Keyring
@@ -67,7 +67,7 @@ class PullSecrets:
         for name, reading in readings.items():
             if not reading.fault:
                 good[name] = reading
-            else:  # a file that is gone takes its secrets with it; a file or directory that cannot be used now does not
+            else:  # what cannot be used now keeps what it held; a Secret that is gone from its directory is not here
                 good |= {old: kept for old, kept in self._good.items() if old == name or old.startswith(f"{name}/")}
         self._good = good
         entries: list[Entry] = []
@@ -76,11 +76,10 @@ class PullSecrets:
                 entries += reading.config.entries
                 if reading.config.store:
                     entries += await self._stored(reading.config.store, faults)
-        keyring = Keyring(entries)
-        if keyring != self._keyring:
-            before, self._keyring = self._keyring, keyring
+        if tuple(entries) != self._keyring.entries:
+            before, self._keyring = self._keyring, await self._threads.run(Keyring, entries)
             self._concerned = {}
-            now = {entry.credential for entry in keyring.entries}
+            now = {entry.credential for entry in entries}
             gone = {entry.credential for entry in before.entries if entry.credential is not None} - now
             self._changed(gone)
             if before.entries:
@@ -88,12 +87,8 @@ class PullSecrets:
         if faults:
             raise Faults(faults)
 
-    async def lookup(self, image: str) -> list[Credential]:
-        """The credentials for ``image`` (``host/repository``), in the order in which they are to be tried.
-
-        Raises ``ProgramFailed`` where there are none because a program failed: that is another thing than that there are
-        none.
-        """
+    async def lookup(self, image: str) -> Found:
+        """The credentials for ``image`` (``host/repository``), in the order in which they are to be tried."""
         found: dict[Credential, None] = {}
         failures: list[str] = []
         for entry in self._keyring.matching(image):
@@ -111,11 +106,9 @@ class PullSecrets:
             self._failing.discard(entry.helper)
             if credential is not None:
                 found[credential] = None
-        found |= dict.fromkeys(await self._providers.lookup(image))
-        failures += [f"the provider {name} failed" for name in self._providers.failing(image)]
-        if failures and not found:
-            raise ProgramFailed("; ".join(failures))
-        return list(found)
+        given = await self._providers.lookup(image)
+        found |= dict.fromkeys(given.credentials)
+        return Found(tuple(found), "; ".join([*failures, *([given.failure] if given.failure else [])]))
 
     def concerns(self, upstream: UpstreamConfig) -> bool:
         """Whether there may be a secret for images of that registry, or for a mirror of it."""
@@ -125,10 +118,10 @@ class PullSecrets:
             self._concerned[upstream.key] = known
         return known
 
-    def forget(self) -> None:
-        """Drops what helper programs and plugins gave: they are asked again."""
-        self._helpers.forget()
-        self._providers.forget()
+    def renew(self) -> None:
+        """Helper programs and plugins are asked again for what they gave; it is used until they have answered."""
+        self._helpers.renew()
+        self._providers.renew()
 
     async def _stored(self, store: str, faults: list[str]) -> tuple[Entry, ...]:
         """What a ``credsStore`` knows; the program is started now and then only."""

@@ -6,13 +6,12 @@ A mounted Secret is a directory with a file for each key, behind a symbolic link
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from proxy import files
 from proxy.config import PullSecretSource
 from proxy.credentials.credential import Credential
 from proxy.credentials.docker_config import (
@@ -28,7 +27,6 @@ _KEYS: dict[str, Callable[[bytes, str], DockerConfig]] = {
     ".dockerconfigjson": parse_docker_config,
     ".dockercfg": parse_dockercfg,
 }
-_MAX_FILE = 4 * 1024 * 1024
 _MAX_SECRETS = 4096
 
 
@@ -74,13 +72,13 @@ def _mounted(directory: Path, key: str) -> Iterator[tuple[str, Callable[[], Dock
     is_empty = True
     for path in (directory, *below[:_MAX_SECRETS]):
         try:
-            files = [path / name for name in _KEYS if (path / name).exists()]
+            found = [path / name for name in _KEYS if (path / name).exists()]
         except OSError as error:
             yield _fault(path, key, f"cannot be read: {error.strerror}; pullcache needs the right to enter it")
             is_empty = False
             continue
-        is_empty = is_empty and not files
-        for file in files:
+        is_empty = is_empty and not found
+        for file in found:
             yield f"{key} {file}", partial(_parse, file)
     if is_empty:
         yield _fault(
@@ -93,13 +91,13 @@ def _fault(path: Path, key: str, reason: str) -> tuple[str, Callable[[], DockerC
 
 
 def _parse(file: Path) -> DockerConfig:
-    return _KEYS.get(file.name, parse_file)(_content(file), str(file))
+    return _KEYS.get(file.name, parse_file)(files.read(file), str(file))
 
 
 def _inline(source: PullSecretSource) -> DockerConfig:
     registry, path = source.registry or "", source.password_file or Path()
     try:
-        password = _content(path).decode().rstrip("\r\n")
+        password = files.read(path).decode().rstrip("\r\n")
     except UnicodeDecodeError:
         password = ""
     if not password or not password.isprintable():
@@ -111,14 +109,6 @@ def _inline(source: PullSecretSource) -> DockerConfig:
 def _limited(config: DockerConfig, source: PullSecretSource) -> DockerConfig:
     repositories = tuple(source.repositories)
     return replace(config, entries=tuple(replace(entry, repositories=repositories) for entry in config.entries))
-
-
-def _content(path: Path) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would hold us until somebody writes
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            _refuse(f"{path}: not a file")
-        return file.read(_MAX_FILE)
 
 
 def _refuse(text: str) -> DockerConfig:

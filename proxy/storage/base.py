@@ -20,6 +20,8 @@ class Origin:
     proof: Proof
     name: str = field(default="", compare=False)
     """The upstream's, for people."""
+    since: int = field(default=0, compare=False)
+    """How many withdrawals there had been when the right to it was proved: what is withdrawn later voids it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,14 @@ class Catalog:
         ).fetchone()
         return row is not None
 
+    def is_others(self, upstream: str, digest: Digest) -> bool:
+        """Whether ``digest`` is private content of other upstreams, and was never given by this one."""
+        row = self._reader.execute(
+            "SELECT count(*), coalesce(sum(upstream = ? OR proof = 'anonymous'), 0) FROM links WHERE digest = ?",
+            (upstream, str(digest)),
+        ).fetchone()
+        return bool(row[0] and not row[1])
+
     def is_public(self, digest: Digest) -> bool:
         """Whether some registry has given ``digest`` to the anonymous."""
         row = self._reader.execute(

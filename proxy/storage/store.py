@@ -17,6 +17,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
+from cachetools import LRUCache
+
 from proxy.credentials.credential import Proof
 from proxy.errors import CacheFailing, RegistryError
 from proxy.manifests import MAX_BYTES, Manifest, ManifestInvalid, parse_manifest
@@ -41,6 +43,8 @@ class Store:
         self._layout = layout
         self._catalog = catalog
         self._metrics = metrics
+        self.withdrawals = 0
+        self._withdrawn: LRUCache[tuple[str, Repository, Proof], int] = LRUCache(65536)
 
     @classmethod
     def open(cls, directory: Path, metrics: Metrics) -> Store:
@@ -125,6 +129,11 @@ class Store:
         """Whether a manifest that is linked to that repository names ``digest``; ``public``: for the anonymous."""
         return bool(self._read(lambda: self._catalog.is_named(upstream, repository, digest, public=public)))
 
+    def is_others(self, upstream: str, digest: Digest) -> bool:
+        """Whether ``digest`` is private content of other upstreams, and was never given by this one: then its word that it
+        has it proves nothing, the bytes alone do."""
+        return bool(self._read(lambda: self._catalog.is_others(upstream, digest)))
+
     def is_public(self, digest: Digest) -> bool:
         """Whether some registry has given ``digest`` to the anonymous."""
         return bool(self._read(lambda: self._catalog.is_public(digest)))
@@ -156,10 +165,15 @@ class Store:
     def adopt(self, spool: SpoolFile, digest: Digest, size: int, origin: Origin) -> None:
         """Holds a finished, verified download from now on; raises ``OSError`` when it cannot."""
         spool.adopt(digest)
-        link = self._catalog.link(origin, digest)
+        is_void = self._is_void(origin)
+        pending = [] if is_void else [self._catalog.link(origin, digest)]
+        pending.append(self._catalog.add(digest, size))
         try:
-            self._catalog.add(digest, size).result()
-            link.result()
+            for future in pending:
+                future.result()
+            if is_void or origin.proof != "anonymous":  # so that it is known to be private when the catalog is lost
+                entry = self._catalog.blob(digest)
+                self._write_meta(digest, entry[1] if entry else None)
         except sqlite3.Error as error:
             raise OSError(errno.EIO, f"the catalog was not written: {error}") from error
 
@@ -176,7 +190,8 @@ class Store:
             finally:
                 spool.close()
             added = self._catalog.add(digest, len(body), manifest)
-            self._catalog.link(origin, digest).result()
+            if not self._is_void(origin):
+                self._catalog.link(origin, digest).result()
             added.result()
             self._write_meta(digest, manifest.media_type)
             return True
@@ -199,11 +214,13 @@ class Store:
 
     def link(self, origin: Origin, digest: Digest) -> None:
         """Remembers that the upstream has ``digest`` in that repository."""
-        if self._wait(self._catalog.link(origin, digest)):
+        if not self._is_void(origin) and self._wait(self._catalog.link(origin, digest)):
             self._write_notes({digest})
 
     def withdraw(self, upstream: str, repository: Repository, proof: Proof) -> None:
         """Forgets that anything was given from that repository by that proof; the content stays, for who may read it."""
+        self.withdrawals += 1
+        self._withdrawn[upstream, repository, proof] = self.withdrawals
         linked = self._read(lambda: self._catalog.linked(upstream, repository, proof)) or []
         if self.was_given(upstream, repository, proof) and self._wait(self._catalog.withdraw(upstream, repository, proof)):
             log.warning(
@@ -213,18 +230,22 @@ class Store:
 
     def put_referrers(self, origin: Origin, subject: Digest, body: bytes, checked: float) -> None:
         """Remembers what the upstream says that refers to a manifest; a list that is very long is not kept."""
-        if len(body) <= _MAX_LIST and self._layout.has_room():
+        if len(body) <= _MAX_LIST and self._layout.has_room() and not self._is_void(origin):
             self._wait(self._catalog.set_referrers(origin, subject, body, checked))
+
+    def _is_void(self, origin: Origin) -> bool:
+        """Whether the right by which something was got has been withdrawn since: then it proves nothing."""
+        return self._withdrawn.get((origin.upstream, origin.repository, origin.proof), 0) > origin.since
 
     def _tag_rows(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> list[Digest]:
         return self._read(lambda: self._catalog.tagged_digests(upstream, repository, tag, accept)) or []
 
     def _write_notes(self, digests: set[Digest]) -> None:
-        """Renews what is written beside manifests, after the catalog has changed."""
+        """Renews what is written beside manifests and private blobs, after the catalog has changed."""
         for digest in digests:
             try:
                 entry = self._catalog.blob(digest)
-                if entry is not None and entry[1] is not None:
+                if entry is not None and (entry[1] is not None or self._layout.read_meta(digest) is not None):
                     self._write_meta(digest, entry[1])
             except (OSError, sqlite3.Error) as error:
                 log.warning("what is known of %s is in the catalog only: %s", digest, error)
@@ -244,7 +265,8 @@ class Store:
             log.exception("the catalog cannot be read")
             return None
 
-    def _write_meta(self, digest: Digest, media_type: str) -> None:
+    def _write_meta(self, digest: Digest, media_type: str | None) -> None:
+        """Renews what is written beside content; of blobs (without a media type) beside private ones only."""
         links, tags = self._catalog.provenance(digest)
         self._layout.write_meta(
             digest,
@@ -269,7 +291,8 @@ class Store:
         for digest, size in self._layout.contents():
             if known.pop(digest, None) is None:
                 pending += self._recover(digest, size, tags)
-                found.append(digest)
+                if self._layout.read_meta(digest) is None:
+                    found.append(digest)
         pending += [self._catalog.remove(digest) for digest in known]
         pending.append(self._catalog.share(found))
         pending += [self._catalog.set_tag(*note) for note in sorted(tags, key=lambda note: note[-1])]
@@ -287,10 +310,11 @@ class Store:
         except OSError:
             return []
         meta = self._layout.read_meta(digest)
-        if meta is None or body is None:
+        if meta is None or (body is None and meta.get("mediaType") is not None):
             return [self._catalog.add(digest, size)]
         try:
-            manifest = parse_manifest(body, str(meta.get("mediaType")))
+            media_type = meta["mediaType"]
+            manifest = parse_manifest(body, str(media_type)) if body is not None and media_type is not None else None
             links = [
                 Origin(str(link["upstream"]), parse_repository(link["repository"]), _proof(link)) for link in meta["links"]
             ]

@@ -16,7 +16,7 @@ from cachetools import TLRUCache, TTLCache
 from yarl import URL
 
 from proxy.credentials.credential import Credential
-from proxy.errors import RegistryError, UpstreamBroken
+from proxy.errors import CredentialRefused, RegistryError, UpstreamBroken
 from proxy.names import Repository
 from proxy.once import Once
 from proxy.upstream.challenge import Basic, Bearer
@@ -117,7 +117,7 @@ class Tokens:
         """
         key = self._key(realm, bearer, repository, credential)
         if failure := self._failures.get(key):
-            raise type(failure)(failure.message, headers=failure.headers)  # afresh: its traceback would grow
+            raise _afresh(failure)
         if token := self._tokens.get(key):
             return token.value
 
@@ -127,7 +127,7 @@ class Tokens:
             try:
                 token = parse_token(await ask(realm.extend_query(query)))
             except RegistryError as error:
-                self._failures[key] = error
+                self._failures[key] = _afresh(error)
                 raise
             self._tokens[key] = (
                 token
@@ -147,7 +147,7 @@ class Tokens:
         credential: Credential | None = None,
     ) -> None:
         """The registry did not take a fresh token: that is its answer, for as long as any failure is."""
-        self._failures[self._key(realm, bearer, repository, credential)] = failure
+        self._failures[self._key(realm, bearer, repository, credential)] = _afresh(failure)
 
     async def close(self) -> None:
         """Stops what is being asked."""
@@ -156,6 +156,10 @@ class Tokens:
     def _key(self, realm: URL, bearer: Bearer, repository: Repository, credential: Credential | None) -> Key:
         scope = (f"repository:{repository}:pull", *(item for item in bearer.scope if item in _KNOWN_SCOPES))
         return str(realm), bearer.service, scope, credential
+
+    def given_to(self, credential: Credential | None) -> list[str]:
+        """The tokens that a credential, or anybody, was given."""
+        return [token.value for key, token in list(self._tokens.items()) if key[3] == credential]
 
     def drop_expired(self) -> None:
         """Forgets what is over, and with it the credentials of clients that it was given to."""
@@ -179,6 +183,14 @@ class Tokens:
         for key, token in list(self._tokens.items()):
             if token.value == value:
                 self._tokens.pop(key, None)
+
+
+def _afresh(failure: RegistryError) -> RegistryError:
+    """The same without its traceback, which would grow, and whose frames hold what was shown."""
+    again = type(failure)(failure.message, headers=failure.headers)
+    if isinstance(failure, CredentialRefused) and isinstance(again, CredentialRefused):
+        again.is_certain = failure.is_certain
+    return again
 
 
 def _failure_ends(key: Key, _: RegistryError, now: float) -> float:

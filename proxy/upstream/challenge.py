@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _PARAMETER = re.compile(rf'({_WORD})[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))', re.ASCII)
@@ -20,6 +20,8 @@ class Bearer:
     realm: str
     service: str
     scope: tuple[str, ...]
+    error: str = field(default="", compare=False)
+    """What was wrong with the token that was shown (RFC 6750 section 3.1)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,8 @@ def find_challenge(lines: Iterable[str]) -> Bearer | Basic | None:
     for challenge in challenges:
         if challenge.scheme == "bearer" and (realm := challenge.parameters.get("realm")):
             scope = tuple(challenge.parameters.get("scope", "").split())
-            return Bearer(realm, challenge.parameters.get("service", ""), scope)
+            error = challenge.parameters.get("error", "")
+            return Bearer(realm, challenge.parameters.get("service", ""), scope, error)
     return Basic() if any(challenge.scheme == "basic" for challenge in challenges) else None
 
 

@@ -153,7 +153,7 @@ class Upstream:
 
         Raises ``RegistryError``.
         """
-        shown = await self._exchange.prepare(repository, asker)
+        shown = await self._exchange.prepare(repository, asker, by_head=True)
 
         async def ask(where: Where) -> ManifestHead:
             path = f"/v2/{repository}/manifests/{reference}"
@@ -195,7 +195,7 @@ class Upstream:
     ) -> int | None:
         """The size of a blob; where ``verify`` refuses it, the next endpoint is asked. Raises ``RegistryError``."""
         path = f"/v2/{repository}/blobs/{digest}"
-        shown = await self._exchange.prepare(repository, asker)
+        shown = await self._exchange.prepare(repository, asker, by_head=True)
 
         async def size(where: Where) -> int | None:
             async with self._reply("HEAD", where, path, repository, {}, shown) as reply:
@@ -227,18 +227,19 @@ class Upstream:
         shown = await self._exchange.prepare(repository, asker)
 
         async def ask(where: Where) -> BlobStream:
-            reply = await self._exchange.ask("GET", where, path, repository, headers, shown)
-            broken = partial(self._endpoints.failing, where)
-            try:
-                await reply.check(self._no_blob(repository, digest))
-                if reply.status != 206:
-                    return BlobStream(reply, 0, reply.length, count, broken)
-                if reply.part is None:
-                    raise UpstreamBroken(f"{where} sent a part of a blob without saying which")
-                return BlobStream(reply, reply.part.start, reply.part.total, count, broken)
-            except BaseException:
-                reply.close()
-                raise
+            with self._exchange.hiding(shown):
+                reply = await self._exchange.ask("GET", where, path, repository, headers, shown)
+                broken = partial(self._endpoints.failing, where)
+                try:
+                    await reply.check(self._no_blob(repository, digest))
+                    if reply.status != 206:
+                        return BlobStream(reply, 0, reply.length, count, broken)
+                    if reply.part is None:
+                        raise UpstreamBroken(f"{where} sent a part of a blob without saying which")
+                    return BlobStream(reply, reply.part.start, reply.part.total, count, broken)
+                except BaseException:
+                    reply.close()
+                    raise
 
         only = asker.asks_registry_only
         return await self._endpoints.ask(ask, self._patience, attempt=attempt, authority_only=only)
@@ -288,11 +289,12 @@ class Upstream:
         self, method: str, where: Where, path: str, repository: Repository, headers: dict[str, str], shown: Shown
     ) -> AsyncIterator[Reply]:
         """An answer, closed when the block is left."""
-        reply = await self._exchange.ask(method, where, path, repository, headers, shown)
-        try:
-            yield reply
-        finally:
-            reply.close()
+        with self._exchange.hiding(shown):
+            reply = await self._exchange.ask(method, where, path, repository, headers, shown)
+            try:
+                yield reply
+            finally:
+                reply.close()
 
     def _no_manifest(self, repository: Repository, reference: Reference) -> ManifestUnknown:
         return ManifestUnknown(f"{self.name} has no manifest {reference} in {repository}")

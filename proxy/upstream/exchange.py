@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import asyncio
 from base64 import b64encode
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import urlencode
 
 from cachetools import LRUCache, TTLCache
 from yarl import URL
 
 from proxy.config import UpstreamConfig
-from proxy.credentials.credential import Asker, Credential, Identity
-from proxy.credentials.programs import ProgramFailed
+from proxy.credentials.credential import Asker, Credential, Found, Identity
 from proxy.errors import (
     CredentialRefused,
     Denied,
@@ -34,11 +35,14 @@ from proxy.upstream.reply import Dropped, Reply, Where, asked_as
 from proxy.upstream.transport import REDIRECTS, Transport, at
 
 _MAX_TOKEN = 64 * 1024
-_LOOKUP = 20.0
+_LOOKUP = 10.0
+_LOOKUP_FOR_QUOTA = 2.0
+_SLOW = 10.0  # seconds in which nobody waits again for what did not come in time
+_SHORTEST = 3  # what is shorter stands in every text
 _FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
-Lookup = Callable[[str], Awaitable[Sequence[Credential]]]
-"""The secrets for an image (``host/repository``), in the order in which they are tried; raises ``ProgramFailed``."""
+Lookup = Callable[[str], Awaitable[Found]]
+"""The secrets for an image (``host/repository``), in the order in which they are tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,8 @@ class Shown:
 
     asker: Asker
     credentials: Mapping[URL, Sequence[Credential | None]]
+    failure: str = ""
+    """Why there may be more, which cannot be had just now."""
 
 
 class Exchange:
@@ -60,6 +66,7 @@ class Exchange:
         loop = asyncio.get_running_loop()
         self._tokens = {URL(endpoint): Tokens(loop.time) for endpoint in config.endpoints}
         self._accepted: TTLCache[tuple[URL, Repository], Credential | None] = TTLCache(4096, 3600, timer=loop.time)
+        self._slow: TTLCache[str, bool] = TTLCache(1, _SLOW, timer=loop.time)
         self.said: LRUCache[Credential, str] = LRUCache(256)
         self.transport = Transport(config, metrics)
 
@@ -87,22 +94,31 @@ class Exchange:
         if reply.status >= 500 or reply.status == 429:
             raise UpstreamBroken(f"{where} answered {reply.status}")
 
-    async def prepare(self, repository: Repository, asker: Asker) -> Shown:
+    async def prepare(self, repository: Repository, asker: Asker, *, by_head: bool = False) -> Shown:
         """Looks up what is shown in the name of ``asker``, before any endpoint's time runs: a program may have to tell.
 
-        Raises ``UpstreamUnavailable`` where it takes too long; its answer is then there for the next one who asks.
+        Raises ``UpstreamUnavailable`` where it takes too long; its answer is then there for the next one who asks. What is
+        for the quota only is not waited for, and not shown by HEAD, which costs none and tells whether all is public still.
         """
         identity = asker.identity
         if identity.proof == "client":
             return Shown(asker, {endpoint: [identity.credential] for endpoint in self._tokens})
-        if identity.proof == "anonymous" and not identity.with_secret:
+        if identity.proof == "anonymous" and (by_head or not identity.with_secret):
             return Shown(asker, {endpoint: [None] for endpoint in self._tokens})
+        found: dict[URL, Sequence[Credential | None]] = {}
+        failures: list[str] = []
         try:
-            async with asyncio.timeout(_LOOKUP):
-                found = {endpoint: await self._secrets(endpoint, repository, identity) for endpoint in self._tokens}
+            if self._config.name in self._slow:
+                raise TimeoutError
+            async with asyncio.timeout(_LOOKUP_FOR_QUOTA if identity.with_secret else _LOOKUP):
+                for endpoint in self._tokens:
+                    found[endpoint] = await self._secrets(endpoint, repository, identity, failures)
         except TimeoutError:
-            raise UpstreamUnavailable(f"the credential for {self._config.name} did not come in time") from None
-        return Shown(asker, found)
+            self._slow.setdefault(self._config.name, True)
+            if not identity.with_secret:
+                raise UpstreamUnavailable(f"the credential for {self._config.name} did not come in time") from None
+            found = {endpoint: [None] for endpoint in self._tokens}
+        return Shown(asker, found, "; ".join(failures))
 
     async def ask(
         self, method: str, where: Where, path: str, repository: Repository, headers: dict[str, str], shown: Shown
@@ -115,40 +131,79 @@ class Exchange:
         asker = shown.asker
         via = f"{asker.via}, 1.1 {self._instance}" if asker.via else f"1.1 {self._instance}"
         candidates = shown.credentials[where.endpoint]
-        if method == "HEAD" and asker.identity.with_secret:
-            candidates = [None]  # it costs no quota, and says whether the repository is public still
-        for number, credential in enumerate(candidates, start=1):
-            if asker.wants_a_right:  # a token that was given before tells of the right that was there before
-                self._tokens[where.endpoint].renounce(repository, credential)
-            is_last = number == len(candidates)
-            try:
-                reply = await self._ask_as(credential, method, where, path, repository, headers | {"Via": via})
-            except Denied as error:
-                self._note(asker.identity, credential, error.message)
-                if not is_last:
-                    continue
-                if isinstance(error, CredentialRefused) and asker.identity.credential is None:
-                    raise SecretRefused(error.message) from None
-                raise
-            refused = reply.status in (401, 403) and reply.is_own
-            self._note(asker.identity, credential, f"{where} answered {reply.status}")
-            if not refused and len(candidates) > 1:
-                self._accepted[where.endpoint, repository] = credential
-            if is_last or not refused:
-                return reply
-            reply.close()
-        raise AssertionError("the last one answers or raises")
+        best: Reply | Denied | None = None
+        doubt = shown.failure
+        try:
+            for credential in candidates:
+                if asker.wants_a_right:  # a token that was given before tells of the right that was there before
+                    self._tokens[where.endpoint].renounce(repository, credential)
+                outcome = await self._try(credential, method, where, path, repository, headers | {"Via": via})
+                self._note(asker.identity, credential, where, outcome)
+                best = _better(best, outcome)
+                if isinstance(outcome, CredentialRefused) and asker.identity.credential is None:
+                    doubt = outcome.message
+                if _rank(outcome) == _YES:
+                    self._accepted[where.endpoint, repository] = credential if asker.identity.credential is None else None
+                    break
+        except BaseException:
+            _close(best)
+            raise
+        if doubt and _rank(best) == _REFUSED and not asker.identity.with_secret:
+            _close(best)  # that the others have no right says nothing of what this one opens
+            raise SecretRefused(doubt)
+        if isinstance(best, Reply):
+            return best
+        if isinstance(best, CredentialRefused) and not (best.is_certain or asker.wants_a_right):
+            raise UpstreamBroken(f"{best.message}; it said so in a page for people, which may be a gateway's")
+        raise best or AssertionError("something is always shown, if only nothing")
 
-    async def _secrets(self, endpoint: URL, repository: Repository, identity: Identity) -> Sequence[Credential | None]:
+    async def _try(
+        self,
+        credential: Credential | None,
+        method: str,
+        where: Where,
+        path: str,
+        repository: Repository,
+        headers: dict[str, str],
+    ) -> Reply | Denied:
+        try:
+            return await self._ask_as(credential, method, where, path, repository, headers)
+        except Denied as refusal:
+            return refusal
+
+    @contextmanager
+    def hiding(self, shown: Shown) -> Iterator[None]:
+        """No text of an error repeats what was shown, wherever in its answer a registry has put it."""
+        try:
+            yield
+        except RegistryError as error:
+            for endpoint, credentials in shown.credentials.items():
+                error.message = self._without(endpoint, credentials, error.message)
+            error.args = (error.message,)
+            raise
+
+    def _without(self, endpoint: URL, credentials: Sequence[Credential | None], text: str) -> str:
+        secrets: set[str] = set()
+        for credential in credentials:
+            secrets |= set(self._tokens[endpoint].given_to(credential))
+            if credential is not None:
+                secrets |= {credential.password, credential.identity_token, _basic(credential).removeprefix("Basic ")}
+        for secret in sorted(secrets, key=len, reverse=True):
+            text = text.replace(secret, "[redacted]") if len(secret) >= _SHORTEST else text
+        return text
+
+    async def _secrets(
+        self, endpoint: URL, repository: Repository, identity: Identity, failures: list[str]
+    ) -> Sequence[Credential | None]:
         """What of our own is shown to an endpoint, in turn: first what it has accepted before."""
         # A mirror is a host of its own: what is for the registry is not for it.
         host = self._config.name if endpoint == self._registry else endpoint.host_port_subcomponent
-        found: list[Credential | None] = []
-        try:
-            found += await self._lookup(f"{host}/{repository}")
-        except ProgramFailed as error:
-            if not identity.with_secret and endpoint == self._registry:  # to ask as nobody would be another question
-                raise UpstreamUnavailable(f"the credential for {self._config.name} cannot be had: {error}") from None
+        told = await self._lookup(f"{host}/{repository}")
+        if told.failure and not identity.with_secret and endpoint == self._registry:
+            if not told.credentials:  # to ask as nobody would be another question
+                raise UpstreamUnavailable(f"the credential for {self._config.name} cannot be had: {told.failure}")
+            failures.append(told.failure)
+        found: list[Credential | None] = list(told.credentials)
         if identity.with_secret or not found:
             found.append(None)
         accepted = self._accepted.get((endpoint, repository))
@@ -169,10 +224,10 @@ class Exchange:
         if challenge := tokens.expected(where.endpoint, repository):
             shown = await self._authorization(where, repository, challenge, credential)
         reply = await self.transport.follow(method, where, path, headers, shown)
-        reply.shown(credential, shown)
+        reply.credential, reply.hide = credential, partial(self._without, where.endpoint, [credential])
         if reply.status != 401 or not reply.is_own:
             return reply
-        challenge = find_challenge(reply.headers.getall("WWW-Authenticate", []))
+        challenge = _challenge_of(reply)
         if challenge is None or (isinstance(challenge, Basic) and not _basic(credential)):
             return reply
         try:
@@ -182,15 +237,18 @@ class Exchange:
             if fresh != shown:
                 reply.close()
                 reply = await self.transport.follow(method, where, path, headers, fresh)
-                reply.shown(credential, fresh)
+                reply.credential, reply.hide = credential, partial(self._without, where.endpoint, [credential])
                 if reply.status != 401:
                     return reply
         except BaseException:
             reply.close()
             raise
         try:
+            if isinstance(again := _challenge_of(reply), Bearer) and again.error == "invalid_token":
+                raise UpstreamBroken(f"{where} does not know the tokens of its own token server; are both in order?")
             if isinstance(challenge, Basic):
-                raise CredentialRefused(f"{where} answered 401; {asked_as(credential)}")
+                is_certain = reply.is_json or reply.is_challenge
+                raise CredentialRefused(f"{where} answered 401; {asked_as(credential)}", is_certain=is_certain)
             await reply.check(UpstreamBroken(f"{where} refuses a fresh token"))
             raise AssertionError("a 401 does not pass")
         except RegistryError as error:
@@ -240,7 +298,7 @@ class Exchange:
             return await reply.body(_MAX_TOKEN)
         text = f"{reply.where} answered {reply.status}"
         if credential is not None and reply.status in (400, 401, 403):
-            raise CredentialRefused(f"{text}; {asked_as(credential)}")
+            raise CredentialRefused(f"{text}; {asked_as(credential)}", is_certain=reply.is_json)
         if reply.status in (401, 403) and reply.is_json:  # ghcr.io says so of a private repository
             raise Denied(f"{text}; {asked_as(None)}")
         if reply.status == 429:
@@ -249,10 +307,40 @@ class Exchange:
             self.transport.refused("redirect").inc()
         raise UpstreamBroken(text)
 
-    def _note(self, identity: Identity, credential: Credential | None, text: str) -> None:
+    def _note(self, identity: Identity, credential: Credential | None, where: Where, outcome: Reply | Denied) -> None:
         """What was said to a secret of ours last, for ``explain``; a client's is nobody's business."""
         if credential is not None and identity.proof != "client":
-            self.said[credential] = text
+            said = outcome.message if isinstance(outcome, Denied) else f"{where} answered {outcome.status}"
+            self.said[credential] = said
+
+
+_YES, _ABSENT, _REFUSED, _UNKNOWN = 3, 2, 1, 0
+
+
+def _rank(outcome: Reply | Denied | None) -> int:
+    """What an answer is worth where several secrets are tried. Some registries hide behind a 404 what one may not read, so
+    the next secret may see it; but where none does, it is told rather than a refusal."""
+    if outcome is None or isinstance(outcome, Denied):
+        return _UNKNOWN if outcome is None else _REFUSED
+    if not outcome.is_own or outcome.status not in (401, 403, 404):
+        return _YES
+    return _ABSENT if outcome.status == 404 else _REFUSED
+
+
+def _better(one: Reply | Denied | None, other: Reply | Denied) -> Reply | Denied:
+    """The one to go on with; the later of equals. The one that is left is closed."""
+    kept, left = (other, one) if one is None or _rank(other) >= _rank(one) else (one, other)
+    _close(left)
+    return kept
+
+
+def _close(outcome: Reply | Denied | None) -> None:
+    if isinstance(outcome, Reply):
+        outcome.close()
+
+
+def _challenge_of(reply: Reply) -> Bearer | Basic | None:
+    return find_challenge(reply.headers.getall("WWW-Authenticate", []))
 
 
 def _basic(credential: Credential | None) -> str:

@@ -9,7 +9,7 @@ import errno
 import json
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -32,6 +32,7 @@ from proxy.names import Digest, parse_digest
 from proxy.upstream.auth import same_origin
 
 _MAX_ERROR = 64 * 1024
+_SIGNATURE = 8  # characters; what is shorter is in every text
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
 _RETRY_AFTER = re.compile(r"\d{1,6}|[A-Za-z]{3}, \d\d [A-Za-z]{3} \d{4} \d\d:\d\d:\d\d GMT", re.ASCII)
 _TLS = "TLS 1.2 is the least that is spoken"
@@ -80,20 +81,15 @@ class Reply:
     def __init__(self, response: aiohttp.ClientResponse, where: Where) -> None:
         self._response = response
         self._broken: RegistryError | None = None
-        self._credential: Credential | None = None
-        self._secrets: tuple[str, ...] = ()
+        self.credential: Credential | None = None
+        """What the request showed, for texts that say whose it was."""
+        self.hide: Callable[[str], str] = str
+        """Takes out of a text what must not be repeated."""
         self.where = where
         self.status = response.status
         self.headers = response.headers
         self.length = _number(response.headers.get("Content-Length", ""))
         self.content_type = response.headers.get("Content-Type", "")
-
-    def shown(self, credential: Credential | None, authorization: str) -> None:
-        """What the request showed: texts of errors tell whose it was, and never repeat it where the registry did."""
-        secrets = {authorization.partition(" ")[2]}
-        if credential is not None:
-            secrets |= {credential.password, credential.identity_token}
-        self._credential, self._secrets = credential, tuple(sorted(secrets - {""}, key=len, reverse=True))
 
     @property
     def is_own(self) -> bool:
@@ -109,6 +105,13 @@ class Reply:
     def is_json(self) -> bool:
         """Whether a program answered, not a page for people."""
         return self.media_type == "application/json" or self.media_type.endswith("+json")
+
+    @property
+    def is_challenge(self) -> bool:
+        """Whether a registry wants to know who asks, though in words of its own (Amazon ECR: "Not Authorized")."""
+        return (
+            self.status == 401 and "WWW-Authenticate" in self.headers and "Docker-Distribution-Api-Version" in self.headers
+        )
 
     @property
     def digest(self) -> Digest | None:
@@ -178,8 +181,8 @@ class Reply:
             raise UpstreamBroken(f"{text}, which is no registry's answer; is it up behind its proxy?")
         if status == 404:
             raise type(unknown)(f"{unknown.message} ({said.text})") if said.text else unknown
-        if status in (401, 403) and self.is_own and said.is_registry:
-            raise Denied(f"{text}; {asked_as(self._credential)}")
+        if status in (401, 403) and self.is_own and (said.is_registry or self.is_challenge):
+            raise Denied(f"{text}; {asked_as(self.credential)}")
         if status == 416 and "Range" in self._response.request_info.headers:
             raise RangeInvalid(text)
         if status == 429:
@@ -203,9 +206,9 @@ class Reply:
         except (RegistryError, ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
             return _Said("", False)
         text = f"{code} {message}".strip()
-        for secret in self._secrets:
-            text = text.replace(secret, "[redacted]")
-        return _Said(printable(text, 256), code in ("UNAUTHORIZED", "DENIED") or self.status == 401)
+        for value in self._response.url.query.values():  # a signature, where it was redirected
+            text = text.replace(value, "[redacted]") if len(value) >= _SIGNATURE else text
+        return _Said(printable(self.hide(text), 256), code in ("UNAUTHORIZED", "DENIED") or self.status == 401)
 
 
 def asked_as(credential: Credential | None) -> str:

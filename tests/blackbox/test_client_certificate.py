@@ -24,6 +24,7 @@ from tests.fakes.tls import Authority
 
 REPO = "team/app"
 VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
+SHARED = {"mode": "shared", "iUnderstandThisIsShared": True}
 QUICK = {"connect": "2s", "headers": "2s", "head": "2s", "token": "2s"}
 
 
@@ -59,7 +60,8 @@ class Wanting:
             "foreign": {"clientCertFile": str(wrong[0]), "clientKeyFile": str(wrong[1])},
             "none": {},
         }
-        return {"caFile": str(self.servers.ca_path), "timeouts": QUICK, **files[shown]}
+        trusted = {"caFile": str(self.servers.ca_path), "timeouts": QUICK}
+        return trusted | files[shown] | ({"access": SHARED} if files[shown] else {})
 
 
 class Refusing:

@@ -12,13 +12,14 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Literal
 
 from .answers import Step, perform
 from .content import Content, Image, Manifest
 from .messages import Answer, Request
 from .peer import Delivery, Malformed, Over, Peer
 from .recorder import authority, listen
-from .tokens import BasicGuard, BearerGuard, Credentials, TokenServer
+from .tokens import BasicGuard, BearerGuard, Credentials, Guard, Rights, RightsGuard, RightsTokenServer, TokenServer
 from .waiting import PATIENCE, Signal
 
 __all__ = ["Image", "Manifest", "Request", "Script", "ScriptedRegistry"]
@@ -78,7 +79,7 @@ class ScriptedRegistry(Content):
         self._address = host
         self._name = name or host
         self._ssl = ssl
-        self._guard: BearerGuard | BasicGuard | None = None
+        self._guard: Guard | None = None
         self._scripts: list[Script] = []
         self._sent: Counter[str] = Counter()
         self._signal = Signal()
@@ -161,6 +162,14 @@ class ScriptedRegistry(Content):
     def require_basic(self, user: str, password: str) -> None:
         """Let in only one user, by Basic authentication."""
         self._guard = BasicGuard((user, password))
+
+    def require_rights(self, rights: Rights, scheme: Literal["Basic", "Bearer"] = "Bearer") -> None:
+        """Let in whoever may read what he asks for; who that is may change while it runs."""
+        if scheme == "Basic":
+            self._guard = RightsGuard(rights)
+        else:
+            self.tokens = RightsTokenServer(rights)
+            self._guard = BearerGuard(self.tokens, f"{self.url}/token", "registry.test")
 
     def open_to_all(self) -> None:
         """Let in everybody, as at the start."""

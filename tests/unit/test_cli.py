@@ -114,7 +114,7 @@ class Files:
         file = self.folder / "config.yaml"
         file.write_text(
             f"cache: {{directory: {self.folder}/cache}}\nlisten: 127.0.0.1:0\nadmin: 127.0.0.1:0\n"
-            f"upstreams: [{{name: ghcr.io}}, {{name: corp.test, {keys}}}]\n"
+            f"upstreams: [{{name: ghcr.io}}, {{name: corp.test, {SHARED}, {keys}}}]\n"
         )
         return file
 
@@ -123,6 +123,9 @@ class Files:
         path.write_bytes(data)
         return path
 
+
+SHARED = "access: {mode: shared, iUnderstandThisIsShared: true}"
+"""What ``clientCertFile`` wants beside it."""
 
 BAD_KEYS = [
     "encrypted",
@@ -174,7 +177,9 @@ def test_a_certificate_that_cannot_be_used_is_named(files: Files, bad: str, key:
 
 def test_every_upstream_whose_files_are_wrong_is_named(files: Files) -> None:
     file = files.folder / "config.yaml"
-    file.write_text("upstreams: [{name: a.test, caFile: /no/a}, {name: b.test}, {name: c.test, clientCertFile: /no/c}]")
+    file.write_text(
+        f"upstreams: [{{name: a.test, caFile: /no/a}}, {{name: b.test}}, {{name: c.test, {SHARED}, clientCertFile: /no/c}}]"
+    )
     result = invoke("check-config", str(file))
     assert [line.partition(":")[0] for line in result.stderr.splitlines()[:-1]] == ["upstream a.test", "upstream c.test"]
 

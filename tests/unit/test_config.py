@@ -334,7 +334,9 @@ def test_the_address_of_a_proxy_can_be_in_a_file_or_a_variable(tmp_path: Path, m
 def test_the_files_of_a_certificate_are_keys_of_their_own(tmp_path: Path) -> None:
     """What they name is not read into the configuration: a key stays where it is."""
     upstream = load_text(
-        tmp_path, "upstreams: [{name: corp.test, clientCertFile: /c.pem, clientKeyFile: /k.pem}]"
+        tmp_path,
+        "upstreams: [{name: corp.test, clientCertFile: /c.pem, clientKeyFile: /k.pem, "
+        "access: {mode: shared, iUnderstandThisIsShared: true}}]",
     ).upstreams[0]
     assert (upstream.client_cert_file, upstream.client_key_file) == (Path("/c.pem"), Path("/k.pem"))
 
@@ -717,7 +719,7 @@ def test_access_is_unsaid_unless_it_is_said() -> None:
 @pytest.mark.parametrize("mode", ["public", "verify", "shared"])
 def test_access_may_be_one_word(mode: str) -> None:
     around: dict[str, Any] = {
-        "externalURL": "http://127.0.0.1:5000",
+        "externalURL": "https://127.0.0.1:5000",
         "listener": {"tlsCertFile": "/c", "clientCAFile": "/a"},
     }
     short, long = (validate(one(access=access) | around) for access in (mode, {"mode": mode}))
@@ -777,6 +779,24 @@ def at(raw: dict[str, Any], *paths: tuple[str, Any]) -> dict[str, Any]:
     [
         pytest.param(
             one(access="verify"), "externalURL", ["access: verify", "https://cache.corp:5000"], id="no-external-url"
+        ),
+        pytest.param(
+            {"externalURL": "http://cache.corp:5000", "listener": TLS}, "externalURL", ["https://"], id="clear-beside-tls"
+        ),
+        pytest.param(
+            one(clientCertFile="/c"), "upstreams[0].access", ["clientCertFile", "access: shared"], id="certificate-public"
+        ),
+        pytest.param(
+            at(one(access="verify", clientCertFile="/c"), ("externalURL", "https://cache.corp:5000")),
+            "upstreams[0].access",
+            ["clientCertFile", "access: shared"],
+            id="certificate-verify",
+        ),
+        pytest.param(
+            one(clientCertFile="/c", access={"mode": "shared", "repositories": ["corp.test/team/*"]}),
+            "upstreams[0].access",
+            ["clientCertFile", "without repositories"],
+            id="certificate-shared-in-part",
         ),
         pytest.param(
             at(VERIFY, ("listener", USERS)), "listener.htpasswdFile", ["access: verify", "clientCAFile"], id="both"

@@ -34,7 +34,7 @@ ROWS = (
     {"listings", "configfile", "rules"},
     {"config", "manifests", "watch"},
     {"values"},
-    {"names", "ranges", "once", "threads", "certificates"},
+    {"names", "ranges", "once", "threads", "certificates", "files"},
     {"errors", "logs", "metrics"},
     {"__init__"},
 )

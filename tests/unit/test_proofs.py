@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,9 +13,10 @@ import pytest
 from proxy.access import proofs
 from proxy.access.attempts import Attempts
 from proxy.access.caller import Caller
-from proxy.access.proofs import Access, Probe, mode_of
+from proxy.access.probes import Probe
+from proxy.access.proofs import Access, Withdrawn, mode_of
 from proxy.config import UpstreamConfig
-from proxy.credentials.credential import ANONYMOUS, QUOTA, SECRET, Credential, Identity, Proof
+from proxy.credentials.credential import ANONYMOUS, QUOTA, SECRET, Asker, Credential, Identity, Proof
 from proxy.errors import (
     BlobUnknown,
     CredentialRefused,
@@ -30,12 +32,13 @@ from proxy.errors import (
     UpstreamFailing,
     UpstreamUnavailable,
 )
+from proxy.listings import ListQuery
 from proxy.metrics import Metrics
 from proxy.names import Repository, digest_of
 from proxy.storage.base import Origin
 from proxy.storage.store import Store
 from proxy.threads import Threads
-from proxy.upstream.client import Upstream
+from proxy.upstream.client import Page, Upstream
 from tests.unit.clock import Clock
 
 APP, OTHER = Repository("team/app"), Repository("team/other")
@@ -53,6 +56,13 @@ def who(credential: Credential = RIGHT, address: str = ADDRESS) -> Caller:
     return Caller(address, credential)
 
 
+def again(error: RegistryError) -> RegistryError:
+    """The same, which has not been raised yet."""
+    if isinstance(error, CredentialRefused):
+        return CredentialRefused(error.message, is_certain=error.is_certain)
+    return type(error)(error.message)
+
+
 class Registry:
     """An upstream, with what it says to each identity; asking is the probe itself."""
 
@@ -67,7 +77,10 @@ class Registry:
         self.right: set[Credential] = {RIGHT, SECOND}
         self.to_right: RegistryError | None = None
         self.to_wrong: RegistryError = CredentialRefused("wrong")
+        self.to_list: RegistryError | None = None
+        """What everybody is answered who asks for the tags."""
         self.asked: list[Identity] = []
+        self.confirmed: list[Identity] = []
         self.open = asyncio.Event()
         self.open.set()
         self.began = asyncio.Event()
@@ -86,7 +99,18 @@ class Registry:
         await self.open.wait()
         answer = self.failure or self._answer(identity)
         if answer is not None:
-            raise type(answer)(answer.message)
+            raise again(answer)
+
+    async def list_tags(
+        self, repository: Repository, query: ListQuery, asker: Asker, verify: Callable[[Page], Awaitable[None]]
+    ) -> Page:
+        """What a no to whom it had said yes is confirmed by."""
+        self.confirmed.append(asker.identity)
+        page = Page(json.dumps({"name": str(repository), "tags": []}).encode(), "application/json", ())
+        if answer := self.to_list or self.failure or self._answer(asker.identity):
+            raise again(answer)
+        await verify(page)
+        return page
 
     def _answer(self, identity: Identity) -> RegistryError | None:
         if identity.credential is None:
@@ -226,7 +250,7 @@ async def test_what_was_public_is_served_while_the_registry_fails(
     for _ in range(5):
         assert await each.identity(nobody()) == QUOTA
     assert len(each.registry.asked) == 1
-    assert "team/app of registry.test is served on the yes of anonymous: down" in caplog.text
+    assert "team/app of registry.test is served on the yes of before: down" in caplog.text
     clock.now += 5.1
     assert await each.identity(nobody()) == QUOTA
     assert len(each.registry.asked) == 2
@@ -544,7 +568,10 @@ async def test_a_refusal_of_content_ends_the_yes_of_a_credential_and_no_other(ma
     give(store, each.registry, "client")
     for credential in (RIGHT, SECOND):
         await each.identity(who(credential))
-    await each.access.withdraw(each.registry.upstream, APP, CLIENT, Denied("no more"))
+    each.registry.to_list = Denied("no more")
+    with pytest.raises(Unauthorized, match=r"^no more$"):
+        await each.access.refused(each.registry.upstream, APP, CLIENT, Denied("no more"))
+    assert each.registry.confirmed == [CLIENT]
     await each.refused(Unauthorized, who())
     assert await each.identity(who(SECOND)) == Identity("client", SECOND)
     assert each.registry.asked_as("client") == 2, "nobody was asked again"
@@ -559,12 +586,64 @@ async def test_a_refusal_of_content_ends_that_it_is_public(make: Make, store: St
         give(store, each.registry, "anonymous", repository)
         assert await each.identity(nobody(), repository) == QUOTA
     give(store, each.registry, "secret")
-    await each.access.withdraw(each.registry.upstream, APP, identity, Denied("private now"))
+    each.registry.to_list = Denied("private now")
+    with pytest.raises(Withdrawn, match=r"^private now$"):
+        await each.access.refused(each.registry.upstream, APP, identity, Denied("private now"))
+    assert each.registry.confirmed == [ANONYMOUS], "without the secret for the quota"
     await each.refused(Unauthorized, nobody())
     assert not store.was_given(each.registry.key, APP, "anonymous")
     assert await each.identity(nobody(), OTHER) == QUOTA
     assert store.was_given(each.registry.key, OTHER, "anonymous")
     assert await each.identity(who()) == CLIENT
+
+
+@pytest.mark.parametrize(("access", "identity"), [("verify", CLIENT), ("verify", QUOTA), ("shared", SECRET)])
+async def test_a_refusal_of_a_single_artifact_leaves_the_repository_open(
+    make: Make, store: Store, access: str, identity: Identity
+) -> None:
+    """As registries refuse what a scanner has found: whoever is still told the tags may read the others."""
+    each = make(access, secret=True)
+    each.registry.said["anonymous"] = None if identity is QUOTA else Denied("private")
+    give(store, each.registry, identity.proof)
+    caller = who() if identity is CLIENT else nobody()
+    assert await each.identity(caller) == identity
+    asked = len(each.registry.asked)
+    await each.access.refused(each.registry.upstream, APP, identity, Denied("blocked by a scan"))
+    assert len(each.registry.confirmed) == 1
+    assert await each.identity(caller) == identity
+    assert len(each.registry.asked) == asked, "the yes holds"
+    assert store.was_given(each.registry.key, APP, identity.proof)
+
+
+@pytest.mark.parametrize("which", ["first", "second", "failing"])
+async def test_a_refusal_that_may_be_another_s_word_withdraws_nothing(make: Make, store: Store, which: str) -> None:
+    """A page for people may be a gateway's; and who does not answer the second question has confirmed nothing."""
+    each = make("verify")
+    give(store, each.registry, "client")
+    await each.identity(who())
+    uncertain = CredentialRefused("a page", is_certain=False)
+    each.registry.to_list = UpstreamUnavailable("down") if which == "failing" else uncertain
+    with pytest.raises(UpstreamFailing):
+        await each.access.refused(
+            each.registry.upstream, APP, CLIENT, uncertain if which == "first" else CredentialRefused("no more")
+        )
+    assert len(each.registry.confirmed) == (which != "first")
+    each.registry.right.clear()
+    assert await each.identity(who()) == CLIENT, "the yes holds"
+
+
+async def test_a_refusal_to_whom_nothing_was_given_is_left_as_it_is(make: Make) -> None:
+    each = make("verify")
+    await each.access.refused(each.registry.upstream, APP, CLIENT, Denied("no"))
+    assert each.registry.confirmed == []
+
+
+async def test_a_question_that_proves_nothing_is_not_remembered(make: Make) -> None:
+    each = make("shared", secret=True)
+    probe = Probe("tags", each.registry.probe, proves=False)
+    for number in range(2):
+        assert await each.access.identity(each.registry.upstream, APP, nobody(), probe) == SECRET
+        assert len(each.registry.asked) == number + 1
 
 
 # --- many at once ---
@@ -678,13 +757,21 @@ async def test_right_credentials_do_not_count(make: Make) -> None:
 
 
 @pytest.mark.parametrize("kind", [UpstreamUnavailable, UpstreamBroken, TooManyRequests])
-async def test_what_a_failing_registry_did_not_hear_does_not_count(make: Make, kind: type[UpstreamFailing]) -> None:
+async def test_a_credential_that_a_failing_registry_did_not_hear_counts_once(
+    make: Make, clock: Clock, kind: type[UpstreamFailing]
+) -> None:
+    """It may be right, and is tried again; but a token server that fails is not asked about ever new ones."""
     each = make("verify")
     each.registry.failure = kind("down")
-    for number in range(30):
-        error = await each.refused(kind, who(wrong(number)))
-        assert error.message == "down"
+    for _ in range(30):
+        assert (await each.refused(kind, who())).message == "down"
+    for number in range(9):
+        assert (await each.refused(kind, who(wrong(number)))).message == "down"
+    before = each.registry.asked_as("client")
+    await each.refused(TooManyAttempts, who(wrong(9)))
+    assert each.registry.asked_as("client") == before
     each.registry.failure = None
+    clock.now += 5.1
     assert await each.identity(who()) == CLIENT
 
 
@@ -710,16 +797,36 @@ async def test_who_leaves_before_the_answer_has_tried(make: Make) -> None:
     """Else wrong credentials would be free for who hangs up in time."""
     each = make("verify")
     await each.refused(Unauthorized, nobody())
-    each.registry.open.clear()
-    for number in range(10):
-        each.registry.began.clear()
-        caller = asyncio.ensure_future(each.identity(who(wrong(number))))
-        await each.registry.began.wait()
-        caller.cancel()
-        await asyncio.gather(caller, return_exceptions=True)
-        await turns()
-    each.registry.open.set()
+    await leave(each, [wrong(number) for number in range(10)])
     await each.refused(TooManyAttempts, who(wrong(10)))
+    assert each.registry.asked_as("client") == 10
+
+
+async def test_who_leaves_with_what_is_right_has_not_tried_in_vain(make: Make) -> None:
+    """As a runtime does whose own time is over: its answer is waited for, and counts for its next pull."""
+    each = make("verify")
+    await each.refused(Unauthorized, nobody())
+    credentials = [Credential(f"user{number}", "right") for number in range(10)]
+    each.registry.right.update(credentials)
+    await leave(each, credentials)
+    assert each.registry.asked_as("client") == 10
+    for credential in credentials:
+        assert await each.identity(who(credential)) == Identity("client", credential)
+    assert each.registry.asked_as("client") == 10
+    for number in range(10):
+        await each.refused(Unauthorized, who(wrong(number)))
+
+
+async def leave(each: Case, credentials: list[Credential]) -> None:
+    """Clients show these, and hang up before the registry has answered."""
+    each.registry.open.clear()
+    callers = [asyncio.ensure_future(each.identity(who(credential))) for credential in credentials]
+    await turns()
+    for caller in callers:
+        caller.cancel()
+    await asyncio.gather(*callers, return_exceptions=True)
+    each.registry.open.set()
+    await turns(200)
 
 
 async def test_nothing_of_a_credential_is_in_what_is_said(make: Make, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.credentials.credential import Credential
+from proxy.credentials.credential import Credential, Found
 from proxy.credentials.programs import ProgramFailed
 from proxy.credentials.providers import (
     Provider,
@@ -265,8 +265,8 @@ async def providers(tmp_path: Path, clock: Clock) -> AsyncIterator[Providers]:
     await providers.close()
 
 
-def passwords(found: list[Credential]) -> list[str]:
-    return [credential.password for credential in found]
+def passwords(found: Found) -> list[str]:
+    return [credential.password for credential in found.credentials]
 
 
 async def test_a_plugin_is_asked_as_the_kubelet_asks_it(
@@ -277,10 +277,10 @@ async def test_a_plugin_is_asked_as_the_kubelet_asks_it(
     plugin.does(f'echo "$# $1 $2 $OURS $BOTH $THEIRS" >{tmp_path}/given; cat {plugin.directory}/answer')
     plugin.gives()
     env = (("BOTH", "first"), ("BOTH", "theirs"), ("THEIRS", "a  b"))
-    found = await Providers([provider(args=("get", "a  b"), env=env)], tmp_path, clock).lookup(APP)
+    found = (await Providers([provider(args=("get", "a  b"), env=env)], tmp_path, clock).lookup(APP)).credentials
     assert plugin.requests == [{"apiVersion": V1, "kind": "CredentialProviderRequest", "image": APP}]
     assert (tmp_path / "given").read_text() == "2 get a  b ours theirs a  b\n"
-    assert found == [Credential("user", "Image-None")]
+    assert found == (Credential("user", "Image-None"),)
     assert (found[0].source, found[0].registry) == ("plugin", "*.registry.test")
 
 
@@ -289,7 +289,7 @@ async def test_a_plugin_is_asked_only_about_its_images(plugin: Plugin, tmp_path:
     providers = Providers([provider("plugin", "a.test:5000/team", "*.b.test")], tmp_path, clock)
     images = ["a.test/team/app", "a.test:5000/app", "b.test/app", "a.b.test:443/app", "x.a.b.test/app", "docker.io/team/app"]
     for image in images:
-        assert await providers.lookup(image) == []
+        assert await providers.lookup(image) == Found(())
     assert plugin.asked == []
     await providers.lookup("a.test:5000/team/app")
     await providers.lookup("x.b.test/app")
@@ -322,13 +322,15 @@ async def test_several_plugins_for_one_image(tmp_path: Path, clock: Clock) -> No
     broken = Plugin(tmp_path, "broken")
     broken.does("exit 1")
     providers = Providers([provider(name) for name in ("first", "broken", "second", "third")], tmp_path, clock)
-    assert passwords(await providers.lookup(APP)) == ["second", "first", "third"]
+    found = await providers.lookup(APP)
+    assert passwords(found) == ["second", "first", "third"]
+    assert found.failure == f"{tmp_path}/broken: exit code 1"
 
 
 @pytest.mark.parametrize("auth", [{}, {"two.registry.test": {"username": "user", "password": "password"}}])
 async def test_none_is_an_answer_and_kept(plugin: Plugin, providers: Providers, auth: object) -> None:
     plugin.gives(auth=auth)
-    assert [await providers.lookup(APP) for _ in range(2)] == [[], []]
+    assert [await providers.lookup(APP) for _ in range(2)] == [Found(()), Found(())]
     assert plugin.asked == [APP]
 
 
@@ -337,7 +339,7 @@ async def test_auth_may_be_null_and_its_parts_missing(plugin: Plugin, providers:
     answer = json.loads((plugin.directory / "answer").read_text())
     for auth, expected in ((None, []), ({"*.registry.test": {"password": "only"}}, [Credential("", "only")])):
         (plugin.directory / "answer").write_text(json.dumps(answer | {"auth": auth}))
-        assert await providers.lookup(APP) == expected
+        assert list((await providers.lookup(APP)).credentials) == expected
 
 
 @pytest.mark.parametrize(
@@ -442,7 +444,7 @@ async def test_the_limit_of_time_holds_for_the_wait_for_a_turn(tmp_path: Path, c
     plugin.does("exec sleep 1000")
     providers = Providers([provider()], tmp_path, clock, within=2)
     found = await asyncio.gather(*(providers.lookup(f"one.registry.test/{number}") for number in range(50)))
-    assert found == [[]] * 50
+    assert [(each.credentials, bool(each.failure)) for each in found] == [((), True)] * 50
     assert len(plugin.asked) < 50, "most never had a turn"
 
 
@@ -461,10 +463,11 @@ async def test_a_plugin_that_fails_gives_none_and_is_named_once(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     plugin.does(body)
+    failed = Found((), f"{plugin.bin}/plugin: {text}")
     for _ in range(3):
-        assert await providers.lookup(APP) == []
+        assert await providers.lookup(APP) == failed
         clock.now += 10
-    assert await providers.lookup(OTHER) == []
+    assert await providers.lookup(OTHER) == failed
     assert len(plugin.asked) == 4
     line = f"no credentials from the provider plugin: {plugin.bin}/plugin: {text}"
     assert [
@@ -509,7 +512,7 @@ async def test_an_answer_that_is_none(
     plugin: Plugin, providers: Providers, caplog: pytest.LogCaptureFixture, answer: dict[str, object], text: str
 ) -> None:
     (plugin.directory / "answer").write_text(json.dumps(answer))
-    assert await providers.lookup(APP) == []
+    assert await providers.lookup(APP) == Found((), f"{plugin.bin}/plugin: {text}")
     assert f"{plugin.bin}/plugin: {text}" in caplog.text
     assert SECRET not in caplog.text
     with pytest.raises(ProgramFailed) as caught:
@@ -523,15 +526,18 @@ async def test_a_plugin_that_hangs_ends_with_its_child(
     plugin = Plugin(tmp_path)
     plugin.does(f"sleep 1000 & echo $! >{tmp_path}/pids; wait")
     providers = Providers([provider()], tmp_path, clock, within=2)
-    assert await asyncio.gather(*(providers.lookup(APP) for _ in range(50))) == [[]] * 50
-    assert await providers.lookup(APP) == []
+    failed = Found((), f"{tmp_path}/plugin: no answer within 2 s")
+    assert await asyncio.gather(*(providers.lookup(APP) for _ in range(50))) == [failed] * 50
+    assert await providers.lookup(APP) == failed
     assert plugin.asked == [APP], "not started again at once"
     await until_gone(*await pids_in(tmp_path / "pids", 1))
     assert f"{tmp_path}/plugin: no answer within 2 s" in caplog.text
 
 
 async def test_a_plugin_that_is_missing(tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    assert await Providers([provider("missing")], tmp_path, clock).lookup(APP) == []
+    assert await Providers([provider("missing")], tmp_path, clock).lookup(APP) == Found(
+        (), f"{tmp_path}/missing: not found, or its interpreter is not"
+    )
     assert f"{tmp_path}/missing: not found" in caplog.text
 
 
@@ -540,13 +546,13 @@ async def test_each_streak_of_failures_is_told(
 ) -> None:
     for _ in range(2):
         plugin.does("exit 1")
-        assert await providers.lookup(APP) == []
+        assert (await providers.lookup(APP)).failure
         clock.now += 10
-        assert await providers.lookup(APP) == []
+        assert (await providers.lookup(APP)).failure
         clock.now += 10
         plugin.does(f"cat {plugin.directory}/answer")
         plugin.gives(duration="0s")
-        assert len(await providers.lookup(APP)) == 1
+        assert len((await providers.lookup(APP)).credentials) == 1
     assert caplog.text.count("no credentials from the provider plugin") == 2
 
 

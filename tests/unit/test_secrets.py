@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -52,7 +53,7 @@ class Secrets:
         return []
 
     async def passwords(self, image: str = IMAGE) -> list[str]:
-        return [credential.password for credential in await self.pull_secrets.lookup(image)]
+        return [credential.password for credential in (await self.pull_secrets.lookup(image)).credentials]
 
     def concerns(self, name: str, *endpoints: str) -> bool:
         keys = {"name": name} | ({"endpoints": list(endpoints)} if endpoints else {})
@@ -341,12 +342,12 @@ async def test_a_helper_that_fails_is_named_and_the_next_credential_is_tried(
     helper(tmp_path, giving("user", "works"))
     assert await secrets.passwords() == ["works", "next"]
     helper(tmp_path, "exit 4")
-    secrets.pull_secrets.forget()
+    clock.now += 24 * 3600
     assert await secrets.passwords() == ["next"]
     assert caplog.messages[1:] == ["corp.test: docker-credential-test: exit code 4"], "and again when it had worked"
 
 
-async def test_what_programs_gave_is_asked_for_anew_when_it_is_forgotten(make: Make, files: Files, tmp_path: Path) -> None:
+async def test_what_programs_gave_is_used_until_they_have_answered_anew(make: Make, files: Files, tmp_path: Path) -> None:
     """As an operator asks for with a signal."""
     helper(tmp_path, giving("user", "first"))
     secrets = make(files("a", with_helper("corp.test")))
@@ -354,8 +355,11 @@ async def test_what_programs_gave_is_asked_for_anew_when_it_is_forgotten(make: M
     assert await secrets.passwords() == ["first"]
     helper(tmp_path, giving("user", "second"))
     assert await secrets.passwords() == ["first"]
-    secrets.pull_secrets.forget()
-    assert await secrets.passwords() == ["second"]
+    secrets.pull_secrets.renew()
+    assert await secrets.passwords() == ["first"], "nobody waits for it"
+    async with asyncio.timeout(20):
+        while await secrets.passwords() != ["second"]:
+            await asyncio.sleep(0.01)
 
 
 async def test_a_helper_that_has_none_is_passed_over(

@@ -253,7 +253,7 @@ def test_what_is_of_another_kind_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(docker_config())
     (tmp_path / "directory").mkdir()
     found = faults(read([source(file=tmp_path / "directory"), source(directory=tmp_path / "file")]))
-    assert ["Is a directory" in found[0], "Not a directory" in found[1]] == [True, True]
+    assert ["it is not a file" in found[0], "Not a directory" in found[1]] == [True, True]
 
 
 def test_a_directory_without_a_secret_is_a_fault(tmp_path: Path) -> None:
