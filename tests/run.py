@@ -1,6 +1,6 @@
 """Runs every test, and says last how many were skipped and why: ``python -m tests.run [pytest arguments]``.
 
-Without arguments two halves run side by side, one of them with the real programs. With ``CI`` set, a skip is a failure:
+Without arguments three parts run side by side: with the real programs, about access and credentials, and all else. With ``CI`` set, a skip is a failure:
 there everything that a test needs can be had, but for what says that it is not.
 """
 
@@ -15,7 +15,16 @@ from pathlib import Path
 
 import pytest
 
-HALVES = {"real": ["tests/real"], "rest": ["tests", "--ignore=tests/real"]}
+_ACCESS = [
+    f"tests/blackbox/test_{name}.py"
+    for name in ("access", "access_attacked", "access_mended", "listener_access", "secrets", "rotation", "canaries")
+]
+PARTS = {
+    "real": ["tests/real"],
+    "access": _ACCESS,
+    "rest": ["tests", "--ignore=tests/real", *(f"--ignore={path}" for path in _ACCESS)],
+}
+"""Much of each is waiting for others to fail, so that two processors are enough for three."""
 
 _OPTIONAL = "not to be had here: "
 """How the reason of a skip begins that is no failure: a program that this release of Debian does not have."""
@@ -58,7 +67,7 @@ def one(arguments: list[str]) -> int:
     return code or (1 if missed and os.environ.get("CI") else 0)
 
 
-class Half(threading.Thread):
+class Part(threading.Thread):
     """One run in a process of its own, its lines passed on as they come."""
 
     def __init__(self, name: str, arguments: list[str]) -> None:
@@ -93,12 +102,12 @@ def main() -> int:
     """The exit code."""
     if sys.argv[1:]:
         return one(sys.argv[1:])
-    halves = [Half(name, arguments) for name, arguments in HALVES.items()]
-    codes = [half.code for half in halves]
+    parts = [Part(name, arguments) for name, arguments in PARTS.items()]
+    codes = [part.code for part in parts]
     print()
-    for half in halves:
-        print("\n".join(line for line in half.lines if line.startswith(("FAILED", "ERROR", "skipped: "))))
-    found = [match for half in halves for line in half.lines[-1:] if (match := _SUM.fullmatch(line))]
+    for part in parts:
+        print("\n".join(line for line in part.lines if line.startswith(("FAILED", "ERROR", "skipped: "))))
+    found = [match for part in parts for line in part.lines[-1:] if (match := _SUM.fullmatch(line))]
     passed, failed, skipped = (sum(int(match[group]) for match in found) for group in (1, 2, 3))
     print(f"{passed} passed, {failed} failed, {skipped} skipped")
     return max(codes, key=abs)
