@@ -1,7 +1,7 @@
 """Runs every test, and says last how many were skipped and why: ``python -m tests.run [pytest arguments]``.
 
-Without arguments three parts run side by side: with the real programs, about access and credentials, and all else. With ``CI`` set, a skip is a failure:
-there everything that a test needs can be had, but for what says that it is not.
+Without arguments three parts run side by side: with the real programs, about access and credentials, and all else. With
+``CI`` set, a skip is a failure: there everything that a test needs can be had, but for what says that it is not.
 """
 
 from __future__ import annotations
