@@ -42,7 +42,7 @@ def of_manifest(upstream: Upstream, repository: Repository, reference: Reference
             raise UpstreamBroken(f"{upstream.name} sent another manifest than {reference}")
 
     async def probe(identity: Identity) -> None:
-        asker = Asker(identity, wants_a_right=True)
+        asker = Asker(identity, wants_a_right=True, is_fresh=True)
         head = await upstream.head_manifest(repository, reference, _ANY, asker)
         if not head.is_told or (isinstance(reference, Digest) and head.digest != reference):
             await upstream.get_manifest(repository, reference, _ANY, asker, verify)
@@ -59,9 +59,10 @@ def of_blob(upstream: Upstream, repository: Repository, digest: Digest, store: S
             raise UpstreamBroken(f"{upstream.name} says that {digest} has {told} bytes, and it has {held}")
 
     async def probe(identity: Identity) -> None:
-        await upstream.head_blob(repository, digest, Asker(identity, wants_a_right=True), verify)
+        await upstream.head_blob(repository, digest, Asker(identity, wants_a_right=True, is_fresh=is_held), verify)
 
-    return Probe(f"blob {digest}", probe, proves=store.has(digest))
+    is_held = store.has(digest)
+    return Probe(f"blob {digest}", probe, proves=is_held)
 
 
 def of_list(upstream: Upstream, repository: Repository) -> Probe:
@@ -74,6 +75,8 @@ def of_list(upstream: Upstream, repository: Repository) -> Probe:
             raise UpstreamBroken(f"{upstream.name} sent no usable list of tags: {error}") from error
 
     async def probe(identity: Identity) -> None:
-        await upstream.list_tags(repository, ListQuery().limited(1), Asker(identity, wants_a_right=True), verify)
+        await upstream.list_tags(
+            repository, ListQuery().limited(1), Asker(identity, wants_a_right=True, is_fresh=True), verify
+        )
 
     return Probe("tags", probe, proves=False)

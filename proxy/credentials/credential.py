@@ -65,6 +65,8 @@ class Asker:
     identity: Identity = ANONYMOUS
     via: str = ""
     wants_a_right: bool = False
+    is_fresh: bool = False
+    """Whether no token may be shown that was given before: it tells of the right that was there then."""
 
     @property
     def asks_registry_only(self) -> bool:

@@ -135,7 +135,7 @@ class Exchange:
         doubt = shown.failure
         try:
             for credential in candidates:
-                if asker.wants_a_right:  # a token that was given before tells of the right that was there before
+                if asker.is_fresh:
                     self._tokens[where.endpoint].renounce(repository, credential)
                 outcome = await self._try(credential, method, where, path, repository, headers | {"Via": via})
                 self._note(asker.identity, credential, where, outcome)
