@@ -220,13 +220,17 @@ def _tls_of(
     if settings.tls_cert_file is None:
         return None
     read = partial(load, section, settings.tls_cert_file, settings.tls_key_file, settings.client_ca_file)
-    material = read()
-    if material.warning:
-        log.warning("%s", material.warning)
-    tls = ServerTLS(material)
-    files = (settings.tls_cert_file, settings.tls_key_file, settings.client_ca_file)
-    paths = [path for path in files if path is not None]
-    watch.add(f"{section} certificates", when_changed(paths, lambda: tls.use(read()), CertificateUnusable, threads))
+    tls = ServerTLS(read())
+    named = (settings.tls_cert_file, settings.tls_key_file, settings.client_ca_file)
+
+    def reread() -> None:
+        material = read()
+        if material.warning:
+            log.warning("%s", material.warning)
+        tls.use(material)
+
+    paths = [path for path in named if path is not None]
+    watch.add(f"{section} certificates", when_changed(paths, reread, CertificateUnusable, threads))
     return tls
 
 

@@ -815,6 +815,7 @@ async def test_certificates_for_an_upstream_are_exchanged(
         cache = await start_cache(
             upstream(
                 registry,
+                access={"mode": "shared", "iUnderstandThisIsShared": True},
                 caFile=str(mounted.path("ca.crt")),
                 clientCertFile=str(mounted.path("tls.crt")),
                 clientKeyFile=str(mounted.path("tls.key")),
