@@ -278,7 +278,8 @@ async def open_wire(
 ) -> Wire:
     """Connect; `receive_buffer` limits what the kernel takes in before it is read, for slow readers."""
     loop = asyncio.get_running_loop()
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setblocking(False)
         if receive_buffer is not None:

@@ -17,8 +17,13 @@ MAX_CONTACTS = 1024
 
 
 def listen(host: str, port: int = 0, backlog: int = 512) -> socket.socket:
-    """A non-blocking listening socket on a literal IPv4 or IPv6 address."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    """A non-blocking listening socket on a literal IPv4 or IPv6 address.
+
+    It names its protocol, since asyncio sets TCP_NODELAY on connections of such sockets only: without it every answer in
+    two pieces waits 40 ms for the other side's acknowledgement.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setblocking(False)
