@@ -44,6 +44,10 @@ from proxy.watch import Watch, when_changed
 
 log = logging.getLogger(__name__)
 
+TOKEN_PATH = "/token"  # noqa: S105 - a path
+_HANDLE_LIFE = 270.0
+_SWEEP_EVERY = 30.0  # seconds; together 5 minutes
+
 
 @dataclass(frozen=True, slots=True)
 class Cache:
@@ -62,11 +66,6 @@ def routes_of(config: Config) -> Routes:
     """The closed list of names that requests may use."""
     prefixes = {form: upstream.name for upstream in config.upstreams for form in (upstream.name, upstream.prefix)}
     return Routes(prefixes, frozenset(upstream.name for upstream in config.upstreams), config.default_name)
-
-
-_HANDLE_LIFE = 270.0
-_SWEEP_EVERY = 30.0  # seconds; together 5 minutes
-TOKEN_PATH = "/token"  # noqa: S105 - a path
 
 
 def endpoints(handlers: Handlers, *, gives_tokens: bool) -> list[Route]:

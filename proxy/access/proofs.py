@@ -116,9 +116,8 @@ class Access:
         self._hash_key = secrets.token_bytes(32)
         self._yes: LRUCache[_Key, float] = LRUCache(65536)
         self._noes: LRUCache[_Key, int] = LRUCache(65536)  # how many there were: a yes from before one of them is none
-        self._private: TTLCache[_Key, str] = TTLCache(
-            16384, _PRIVATE, timer=timer
-        )  # what the anonymous, or we, may not read
+        # What the anonymous, or we, may not read; and then what a client's credential may not.
+        self._private: TTLCache[_Key, str] = TTLCache(16384, _PRIVATE, timer=timer)
         self._refused: TTLCache[_Key, str] = TTLCache(16384, _REFUSED, timer=timer)
         self._tried: TTLCache[tuple[bytes, str], bool] = TTLCache(16384, 60.0, timer=timer)
         self._failing: TTLCache[_Key, bool] = TTLCache(16384, _FAILING, timer=timer)

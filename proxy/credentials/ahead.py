@@ -69,15 +69,11 @@ class Ahead(Generic[K, V]):
         return await self._fetch(keys[0], fetch)
 
     def renew(self) -> None:
-        """What is kept is fetched anew when it is used next, and given until then; no failure is remembered."""
+        """What is kept is fetched anew when it is used next, and given until then; no failure is remembered. What is
+        being fetched now is for those who wait for it alone."""
+        self._epoch += 1
         for kept in self._kept.values():
             kept.renew_at = self._timer()
-        self._failures.clear()
-
-    def forget(self) -> None:
-        """Drops every value and failure; what is being fetched now is for those who wait for it alone."""
-        self._epoch += 1
-        self._kept.clear()
         self._failures.clear()
 
     async def close(self) -> None:

@@ -71,13 +71,9 @@ def parse_dockercfg(text: bytes, source: str) -> DockerConfig:
     return _dockercfg(_json_object(text, source), source)
 
 
-def parse_secret(text: bytes, source: str) -> DockerConfig:
-    """A manifest of a Secret, YAML or JSON, as kubectl writes it; raises ``SecretInvalid``."""
-    return _secret(_json_object(text, source) if _is_json(text) else _yaml_mapping(text, source), source)
-
-
 def parse_file(text: bytes, source: str) -> DockerConfig:
-    """Any of the three, told apart by what is in it; raises ``SecretInvalid``."""
+    """Either of these, or a Secret's manifest as kubectl writes it (YAML or JSON), told apart by what is in it; raises
+    ``SecretInvalid``."""
     if not _is_json(text):
         return _secret(_yaml_mapping(text, source), source)
     content = _json_object(text, source)

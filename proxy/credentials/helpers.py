@@ -38,10 +38,6 @@ class CredentialHelpers:
         answer = await self._run(helper, "list", "")
         return list(parse_object(_program(helper), answer))
 
-    def forget(self) -> None:
-        """Drops what is kept."""
-        self._kept.forget()
-
     def renew(self) -> None:
         """Asks again for what is kept when it is used next."""
         self._kept.renew()

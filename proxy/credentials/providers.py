@@ -234,10 +234,6 @@ class Providers:
         found = tuple(entry.credential for entry in keyring.matching(image) if entry.credential is not None)
         return Found(found, "; ".join(str(answer) for answer in answers if isinstance(answer, ProgramFailed)))
 
-    def forget(self) -> None:
-        """Drops what is kept."""
-        self._kept.forget()
-
     def renew(self) -> None:
         """Asks again for what is kept when it is used next."""
         self._kept.renew()

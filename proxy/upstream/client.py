@@ -20,7 +20,7 @@ from proxy.metrics import Metrics
 from proxy.names import Digest, Reference, Repository
 from proxy.upstream.endpoints import Endpoints
 from proxy.upstream.exchange import Exchange, Lookup, Shown
-from proxy.upstream.reply import Reply, Where
+from proxy.upstream.reply import Reply, Request, Where
 
 _LISTS = f"{OCI_INDEX}, application/json"
 
@@ -155,9 +155,10 @@ class Upstream:
         """
         shown = await self._exchange.prepare(repository, asker, by_head=True)
 
+        request = Request("HEAD", f"/v2/{repository}/manifests/{reference}", repository, {"Accept": accept})
+
         async def ask(where: Where) -> ManifestHead:
-            path = f"/v2/{repository}/manifests/{reference}"
-            async with self._reply("HEAD", where, path, repository, {"Accept": accept}, shown) as reply:
+            async with self._reply(where, request, shown) as reply:
                 if reply.status == 405:
                     return ManifestHead(None, None, "")
                 await reply.check(self._no_manifest(repository, reference))
@@ -179,9 +180,10 @@ class Upstream:
         """What ``verify`` makes of a manifest; where it refuses, the next endpoint is asked. Raises ``RegistryError``."""
         shown = await self._exchange.prepare(repository, asker)
 
+        request = Request("GET", f"/v2/{repository}/manifests/{reference}", repository, {"Accept": accept})
+
         async def ask(where: Where) -> T:
-            path = f"/v2/{repository}/manifests/{reference}"
-            async with self._reply("GET", where, path, repository, {"Accept": accept}, shown) as reply:
+            async with self._reply(where, request, shown) as reply:
                 await reply.check(self._no_manifest(repository, reference))
                 if reply.status != 200:
                     raise UpstreamBroken(f"{where} sent a part of a manifest of which the whole was asked")
@@ -198,7 +200,7 @@ class Upstream:
         shown = await self._exchange.prepare(repository, asker, by_head=True)
 
         async def size(where: Where) -> int | None:
-            async with self._reply("HEAD", where, path, repository, {}, shown) as reply:
+            async with self._reply(where, Request("HEAD", path, repository), shown) as reply:
                 if reply.media_type == "text/html":
                     raise UpstreamBroken(f"{where} answered with a page for people; is a login page in between?")
                 if reply.status != 405 and (reply.is_own or reply.status not in (400, 401, 403)):
@@ -206,7 +208,7 @@ class Upstream:
                     if reply.length is not None:
                         return reply.length
             # HEAD is not to be had, for example of a signed URL for GET: one byte is asked for.
-            async with self._reply("GET", where, path, repository, {"Range": "bytes=0-0"}, shown) as reply:
+            async with self._reply(where, Request("GET", path, repository, {"Range": "bytes=0-0"}), shown) as reply:
                 await reply.check(self._no_blob(repository, digest))
                 if reply.status == 206:
                     return reply.part.total if reply.part else None
@@ -221,14 +223,14 @@ class Upstream:
 
     async def open_blob(self, repository: Repository, digest: Digest, offset: int, attempt: int, asker: Asker) -> BlobStream:
         """A blob from ``offset`` on, at the endpoint whose turn the ``attempt`` is; raises ``RegistryError``."""
-        path = f"/v2/{repository}/blobs/{digest}"
         headers = {"Range": f"bytes={offset}-"} if offset else {}
+        request = Request("GET", f"/v2/{repository}/blobs/{digest}", repository, headers)
         count = self._metrics.upstream_bytes.labels(self.name).inc
         shown = await self._exchange.prepare(repository, asker)
 
         async def ask(where: Where) -> BlobStream:
             with self._exchange.hiding(shown):
-                reply = await self._exchange.ask("GET", where, path, repository, headers, shown)
+                reply = await self._exchange.ask(where, request, shown)
                 broken = partial(self._endpoints.failing, where)
                 try:
                     await reply.check(self._no_blob(repository, digest))
@@ -272,10 +274,11 @@ class Upstream:
         absent: tuple[int, ...] = (),
     ) -> T:
         target = f"{path}?{query.encoded()}" if query.parameters else path
+        request = Request("GET", target, repository, {"Accept": _LISTS})
         shown = await self._exchange.prepare(repository, asker)
 
         async def ask(where: Where) -> T:
-            async with self._reply("GET", where, target, repository, {"Accept": _LISTS}, shown) as reply:
+            async with self._reply(where, request, shown) as reply:
                 if reply.status in absent:
                     raise unknown
                 await reply.check(unknown)
@@ -285,12 +288,10 @@ class Upstream:
         return await self._endpoints.ask(ask, self._patience, authority_only=True)
 
     @asynccontextmanager
-    async def _reply(
-        self, method: str, where: Where, path: str, repository: Repository, headers: dict[str, str], shown: Shown
-    ) -> AsyncIterator[Reply]:
+    async def _reply(self, where: Where, request: Request, shown: Shown) -> AsyncIterator[Reply]:
         """An answer, closed when the block is left."""
         with self._exchange.hiding(shown):
-            reply = await self._exchange.ask(method, where, path, repository, headers, shown)
+            reply = await self._exchange.ask(where, request, shown)
             try:
                 yield reply
             finally:

@@ -9,7 +9,7 @@ import asyncio
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from urllib.parse import urlencode
 
@@ -31,7 +31,7 @@ from proxy.metrics import Metrics
 from proxy.names import Repository
 from proxy.upstream.auth import RealmRefused, Tokens, check_realm
 from proxy.upstream.challenge import Basic, Bearer, find_challenge
-from proxy.upstream.reply import Dropped, Reply, Where, asked_as
+from proxy.upstream.reply import Dropped, Reply, Request, Where, asked_as
 from proxy.upstream.transport import REDIRECTS, Transport, at
 
 _MAX_TOKEN = 64 * 1024
@@ -120,9 +120,7 @@ class Exchange:
             found = {endpoint: [None] for endpoint in self._tokens}
         return Shown(asker, found, "; ".join(failures))
 
-    async def ask(
-        self, method: str, where: Where, path: str, repository: Repository, headers: dict[str, str], shown: Shown
-    ) -> Reply:
+    async def ask(self, where: Where, request: Request, shown: Shown) -> Reply:
         """The answer to a request, redirects followed and challenge answered; raises ``RegistryError``.
 
         Several secrets are tried in turn until one is not refused (kubelet ``kuberuntime_image.go``); none after one
@@ -130,20 +128,21 @@ class Exchange:
         """
         asker = shown.asker
         via = f"{asker.via}, 1.1 {self._instance}" if asker.via else f"1.1 {self._instance}"
-        candidates = shown.credentials[where.endpoint]
+        request = replace(request, headers={**request.headers, "Via": via})
         best: Reply | Denied | None = None
         doubt = shown.failure
         try:
-            for credential in candidates:
+            for credential in shown.credentials[where.endpoint]:
                 if asker.is_fresh:
-                    self._tokens[where.endpoint].renounce(repository, credential)
-                outcome = await self._try(credential, method, where, path, repository, headers | {"Via": via})
+                    self._tokens[where.endpoint].renounce(request.repository, credential)
+                outcome = await self._try(credential, where, request)
                 self._note(asker.identity, credential, where, outcome)
                 best = _better(best, outcome)
                 if isinstance(outcome, CredentialRefused) and asker.identity.credential is None:
                     doubt = outcome.message
                 if _rank(outcome) == _YES:
-                    self._accepted[where.endpoint, repository] = credential if asker.identity.credential is None else None
+                    ours = credential if asker.identity.credential is None else None
+                    self._accepted[where.endpoint, request.repository] = ours
                     break
         except BaseException:
             _close(best)
@@ -157,17 +156,9 @@ class Exchange:
             raise UpstreamBroken(f"{best.message}; it said so in a page for people, which may be a gateway's")
         raise best or AssertionError("something is always shown, if only nothing")
 
-    async def _try(
-        self,
-        credential: Credential | None,
-        method: str,
-        where: Where,
-        path: str,
-        repository: Repository,
-        headers: dict[str, str],
-    ) -> Reply | Denied:
+    async def _try(self, credential: Credential | None, where: Where, request: Request) -> Reply | Denied:
         try:
-            return await self._ask_as(credential, method, where, path, repository, headers)
+            return await self._ask_as(credential, where, request)
         except Denied as refusal:
             return refusal
 
@@ -209,21 +200,13 @@ class Exchange:
         accepted = self._accepted.get((endpoint, repository))
         return sorted(found, key=lambda credential: credential is None or credential != accepted)
 
-    async def _ask_as(
-        self,
-        credential: Credential | None,
-        method: str,
-        where: Where,
-        path: str,
-        repository: Repository,
-        headers: dict[str, str],
-    ) -> Reply:
+    async def _ask_as(self, credential: Credential | None, where: Where, request: Request) -> Reply:
         """One fresh token for one refusal: a registry that goes on refusing has answered."""
-        tokens = self._tokens[where.endpoint]
+        tokens, repository = self._tokens[where.endpoint], request.repository
         shown = ""
         if challenge := tokens.expected(where.endpoint, repository):
             shown = await self._authorization(where, repository, challenge, credential)
-        reply = await self.transport.follow(method, where, path, headers, shown)
+        reply = await self.transport.follow(where, request, shown)
         reply.credential, reply.hide = credential, partial(self._without, where.endpoint, [credential])
         if reply.status != 401 or not reply.is_own:
             return reply
@@ -236,7 +219,7 @@ class Exchange:
             fresh = await self._authorization(where, repository, challenge, credential)
             if fresh != shown:
                 reply.close()
-                reply = await self.transport.follow(method, where, path, headers, fresh)
+                reply = await self.transport.follow(where, request, fresh)
                 reply.credential, reply.hide = credential, partial(self._without, where.endpoint, [credential])
                 if reply.status != 401:
                     return reply

@@ -1,4 +1,4 @@
-"""One answer of a registry: what it holds, what it means, and how it is read.
+"""One request to a registry and its answer: what it holds, what it means, and how it is read.
 
 Foreign exceptions of a request become ours on this page; every text names the upstream, what it said, and what to do.
 """
@@ -9,9 +9,9 @@ import errno
 import json
 import re
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import aiohttp
 from yarl import URL
@@ -28,7 +28,7 @@ from proxy.errors import (
     UpstreamUnavailable,
 )
 from proxy.logs import printable
-from proxy.names import Digest, parse_digest
+from proxy.names import Digest, Repository, parse_digest
 from proxy.upstream.auth import same_origin
 
 _MAX_ERROR = 64 * 1024
@@ -57,6 +57,16 @@ class Where:
     def __str__(self) -> str:
         host = self.endpoint.host_port_subcomponent
         return self.name if host == self.name else f"{self.name} ({host})"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a repository is asked for: the same at every endpoint, and whoever asks."""
+
+    method: str
+    path: str
+    repository: Repository
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

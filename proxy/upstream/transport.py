@@ -21,7 +21,7 @@ from proxy.errors import RegistryError, UpstreamBroken, UpstreamUnavailable
 from proxy.metrics import Metrics
 from proxy.upstream.addresses import is_allowed_literal, socket_factory
 from proxy.upstream.auth import may_carry
-from proxy.upstream.reply import Dropped, Garbled, Reply, Where, foreign_errors
+from proxy.upstream.reply import Dropped, Garbled, Reply, Request, Where, foreign_errors
 from proxy.upstream.resolver import Resolver
 from proxy.upstream.tls import context_of
 
@@ -86,15 +86,15 @@ class Transport:
         """Connections from now on use the certificates that the files hold now; raises ``TLSFileUnusable``."""
         self._tls = context_of(self._config)
 
-    async def follow(self, method: str, where: Where, path: str, headers: dict[str, str], authorization: str = "") -> Reply:
+    async def follow(self, where: Where, request: Request, authorization: str = "") -> Reply:
         """The answer to a request, redirects followed; raises ``RegistryError``."""
         endpoint = where.endpoint
-        url = at(where, path)
+        url = at(where, request.path)
         own = True
         for _ in range(_MAX_HOPS + 1):
             own = own and may_carry(url, endpoint)
             proof = {"Authorization": authorization} if authorization and own else {}
-            reply = await self.hop(method, url, headers | proof, where)
+            reply = await self.hop(request.method, url, {**request.headers, **proof}, where)
             if reply.status not in REDIRECTS:
                 return reply
             reply.close()

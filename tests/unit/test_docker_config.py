@@ -19,12 +19,11 @@ from proxy.credentials.docker_config import (
     parse_docker_config,
     parse_dockercfg,
     parse_file,
-    parse_secret,
 )
 
 SOURCE = "/etc/pull/secret"
 REGISTRY = "registry.example.com"
-PARSERS = (parse_docker_config, parse_dockercfg, parse_secret, parse_file)
+PARSERS = (parse_docker_config, parse_dockercfg, parse_file)
 Parser = Callable[[bytes, str], DockerConfig]
 
 KUBECTL = b"""\
@@ -250,16 +249,14 @@ FLAT = json.dumps({REGISTRY: {"username": "foo", "password": "bar"}})
         ),
     ],
 )
-@pytest.mark.parametrize("parse", [parse_secret, parse_file])
-def test_a_secret_manifest_is_read(parse: Parser, manifest: bytes) -> None:
-    config = parse(manifest, SOURCE)
+def test_a_secret_manifest_is_read(manifest: bytes) -> None:
+    config = parse_file(manifest, SOURCE)
     assert config.entries == (entry("foo", "bar"),)
     assert config.entries[0].source == SOURCE
 
 
-@pytest.mark.parametrize("parse", [parse_secret, parse_file])
-def test_what_kubectl_writes_is_read_as_it_is(parse: Parser) -> None:
-    assert parse(KUBECTL, SOURCE).entries == (entry("robot", 'p:a \u00df"s'),)
+def test_what_kubectl_writes_is_read_as_it_is() -> None:
+    assert parse_file(KUBECTL, SOURCE).entries == (entry("robot", 'p:a \u00df"s'),)
 
 
 @pytest.mark.parametrize("text", [INNER, FLAT, "\n " + INNER, " \t\r\n" + FLAT])
@@ -315,42 +312,41 @@ FAULTS = [
     (parse_docker_config, b'{"credHelpers": {"a.example": "/bin/sh"}}', "the entry 'a.example' in credHelpers is not the"),
     (parse_dockercfg, b'{"a.example": 1}', "the entry 'a.example' is not an object"),
     (parse_dockercfg, b'{"a.example": {"auth": "x"}}', "'auth' of the entry 'a.example' is not base64"),
-    (parse_secret, b"", "empty"),
-    (parse_secret, b"[" * 100_000, "neither JSON nor a YAML manifest"),
-    (parse_secret, b"- a", "neither JSON nor a YAML manifest"),
-    (parse_secret, b"a: b: c", "neither JSON nor a YAML manifest"),
-    (parse_secret, b"\xff\xfe", "neither JSON nor a YAML manifest"),
-    (parse_secret, b"kind: Secret\n---\nkind: Secret", "neither JSON nor a YAML manifest"),
-    (parse_secret, b"kind: Secret\nkind: Secret", "neither JSON nor a YAML manifest"),
-    (parse_secret, b"? [a]\n: b", "neither JSON nor a YAML manifest"),
-    (parse_secret, b'a: "\\UFFFFFFFF"', "neither JSON nor a YAML manifest"),
-    (parse_secret, b"a: &a {b: *a}", "neither JSON nor a YAML manifest"),
-    (parse_secret, b"a: b\n" * 500_000, "larger than 2 MiB"),
-    (parse_secret, b"kind: ConfigMap", r"neither a Docker configuration nor a Secret \(kind: Secret\)"),
-    (parse_secret, INNER.encode(), "neither a Docker configuration nor a Secret"),
-    (parse_secret, b"kind: Secret", "the Secret is of type neither kubernetes.io/dockerconfigjson nor"),
-    (parse_secret, secret("Opaque", data={".dockerconfigjson": "e30="}), "the Secret is of type neither"),
-    (parse_secret, b'{"kind": "Secret", "type": ["x"]}', "the Secret is of type neither"),
-    (parse_secret, secret(), "the Secret has no .dockerconfigjson in its data"),
-    (parse_secret, secret(data=None), "the Secret has no .dockerconfigjson in its data"),
-    (parse_secret, secret(data=["a"]), "the Secret has no .dockerconfigjson in its data"),
-    (parse_secret, secret(data={".dockercfg": "e30="}), "the Secret has no .dockerconfigjson in its data"),
+    (parse_file, b"", "empty"),
+    (parse_file, b"[" * 100_000, "neither JSON nor a YAML manifest"),
+    (parse_file, b"- a", "neither JSON nor a YAML manifest"),
+    (parse_file, b"a: b: c", "neither JSON nor a YAML manifest"),
+    (parse_file, b"\xff\xfe", "neither JSON nor a YAML manifest"),
+    (parse_file, b"kind: Secret\n---\nkind: Secret", "neither JSON nor a YAML manifest"),
+    (parse_file, b"kind: Secret\nkind: Secret", "neither JSON nor a YAML manifest"),
+    (parse_file, b"? [a]\n: b", "neither JSON nor a YAML manifest"),
+    (parse_file, b'a: "\\UFFFFFFFF"', "neither JSON nor a YAML manifest"),
+    (parse_file, b"a: &a {b: *a}", "neither JSON nor a YAML manifest"),
+    (parse_file, b"a: b\n" * 500_000, "larger than 2 MiB"),
+    (parse_file, b"kind: ConfigMap", r"neither a Docker configuration nor a Secret \(kind: Secret\)"),
+    (parse_file, b"kind: Secret", "the Secret is of type neither kubernetes.io/dockerconfigjson nor"),
+    (parse_file, secret("Opaque", data={".dockerconfigjson": "e30="}), "the Secret is of type neither"),
+    (parse_file, b'{"kind": "Secret", "type": ["x"]}', "the Secret is of type neither"),
+    (parse_file, secret(), "the Secret has no .dockerconfigjson in its data"),
+    (parse_file, secret(data=None), "the Secret has no .dockerconfigjson in its data"),
+    (parse_file, secret(data=["a"]), "the Secret has no .dockerconfigjson in its data"),
+    (parse_file, secret(data={".dockercfg": "e30="}), "the Secret has no .dockerconfigjson in its data"),
     (
-        parse_secret,
+        parse_file,
         secret("kubernetes.io/dockercfg", data={"dockercfg": "e30="}),
         "the Secret has no .dockercfg in its data",
     ),
-    (parse_secret, secret(data={".dockerconfigjson": ""}), ".dockerconfigjson: empty"),
-    (parse_secret, secret(data={".dockerconfigjson": None}), ".dockerconfigjson: empty"),
-    (parse_secret, secret(data={".dockerconfigjson": 1}), ".dockerconfigjson in data is not a text"),
+    (parse_file, secret(data={".dockerconfigjson": ""}), ".dockerconfigjson: empty"),
+    (parse_file, secret(data={".dockerconfigjson": None}), ".dockerconfigjson: empty"),
+    (parse_file, secret(data={".dockerconfigjson": 1}), ".dockerconfigjson in data is not a text"),
     (
-        parse_secret,
+        parse_file,
         secret(data={".dockerconfigjson": INNER}),
         ".dockerconfigjson in data is not base64; what is not encoded",
     ),
-    (parse_secret, secret(data={".dockerconfigjson": base64_of("x")}), ".dockerconfigjson: line 1 column 1: not JSON"),
-    (parse_secret, secret(stringData={".dockerconfigjson": {}}), ".dockerconfigjson in stringData is not a text"),
-    (parse_secret, b'kind: Secret\ntype: kubernetes.io/dockercfg\nstringData: {.dockercfg: "\\uD800"}', "not UTF-8"),
+    (parse_file, secret(data={".dockerconfigjson": base64_of("x")}), ".dockerconfigjson: line 1 column 1: not JSON"),
+    (parse_file, secret(stringData={".dockerconfigjson": {}}), ".dockerconfigjson in stringData is not a text"),
+    (parse_file, b'kind: Secret\ntype: kubernetes.io/dockercfg\nstringData: {.dockercfg: "\\uD800"}', "not UTF-8"),
     (parse_file, b"", "empty"),
     (parse_file, b"[]", "neither JSON nor a YAML manifest"),
     (parse_file, b"foo:bar", "neither JSON nor a YAML manifest"),
@@ -374,7 +370,7 @@ def test_aliases_in_yaml_do_not_multiply() -> None:
     """Nine lines that stand for a thousand million elements, as a value that nobody reads and as a merge."""
     lines = ["kind: Secret", "type: kubernetes.io/dockercfg", "stringData: {.dockercfg: '{}'}", "a0: &a0 {x: y}"]
     lines += [f"a{number + 1}: &a{number + 1} {{<<: [{', '.join([f'*a{number}'] * 10)}]}}" for number in range(9)]
-    assert parse_secret("\n".join(lines).encode(), SOURCE) == DockerConfig(())
+    assert parse_file("\n".join(lines).encode(), SOURCE) == DockerConfig(())
 
 
 def outcome(parse: Parser, text: bytes) -> DockerConfig | SecretInvalid:

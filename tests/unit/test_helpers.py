@@ -176,14 +176,6 @@ async def test_registries_and_helpers_are_apart(helpers: CredentialHelpers, tmp_
     assert len(calls(tmp_path)) == 4
 
 
-async def test_what_is_forgotten_is_asked_again(helpers: CredentialHelpers, tmp_path: Path) -> None:
-    helper(tmp_path, giving("user", "one"))
-    await helpers.get("test", HUB)
-    helper(tmp_path, giving("user", "two"))
-    helpers.forget()
-    assert await helpers.get("test", HUB) == Credential("user", "two")
-
-
 async def test_close_ends_the_program(helpers: CredentialHelpers, tmp_path: Path) -> None:
     helper(tmp_path, f"sleep 1000 & echo $! >{tmp_path}/pids; wait")
     caller = asyncio.ensure_future(helpers.get("test", HUB))

@@ -571,13 +571,6 @@ async def test_a_failing_renewal_is_told_and_harms_nobody(
     assert passwords(await providers.lookup(APP)) == ["Image-100s"]
 
 
-async def test_what_is_forgotten_is_asked_again(plugin: Plugin, providers: Providers) -> None:
-    for kind in ("Image", "Registry", "Global"):
-        plugin.gives(kind)
-        assert passwords(await providers.lookup(APP)) == [f"{kind}-None"]
-        providers.forget()
-
-
 async def test_close_ends_the_plugins(plugin: Plugin, providers: Providers, tmp_path: Path) -> None:
     plugin.does(f"sleep 1000 & echo $! >{tmp_path}/pids; wait")
     caller = asyncio.ensure_future(providers.lookup(APP))
