@@ -144,6 +144,7 @@ class HalfHandshake:
         task = asyncio.create_task(self._break_off(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: writer.transport.abort())  # one that is cancelled before it begins closes nothing
 
     async def _break_off(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
