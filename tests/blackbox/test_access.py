@@ -50,7 +50,6 @@ from tests.blackbox.private import (
     fill,
     forms,
     found_on_disk,
-    movable_clock,
     parts,
     pull,
     secret_for,
@@ -78,24 +77,11 @@ def bearer_challenge(scope: str = "", error: str = "") -> str:
     return f'Bearer realm="{EXTERNAL}/token",service="pullcache"{more}'
 
 
-@pytest.fixture
-async def clock() -> AsyncIterator[Clock]:
-    """The time of caches that are started after it was asked for."""
-    with movable_clock() as movable:
-        yield movable
-
-
 @pytest.fixture(params=KINDS)
 async def private(request: pytest.FixtureRequest) -> AsyncIterator[PrivateRegistry]:
     """A registry with private repositories, of either kind."""
     async with PrivateRegistry(request.param) as registry:
         yield registry
-
-
-@pytest.fixture
-def stock(private: PrivateRegistry) -> Stock:
-    """What it has."""
-    return fill(private)
 
 
 @pytest.fixture

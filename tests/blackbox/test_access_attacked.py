@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 import ssl
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,6 @@ from tests.blackbox.private import (
     bearer,
     deployed,
     fetch_from,
-    fill,
-    movable_clock,
     parts,
     pull,
     secret_for,
@@ -55,26 +52,6 @@ from tests.fakes.tls import Authority
 
 VERIFY: dict[str, Any] = {"externalURL": EXTERNAL}
 CROWD = 64
-
-
-@pytest.fixture
-async def clock() -> AsyncIterator[Clock]:
-    """The time of caches that are started after it was asked for."""
-    with movable_clock() as movable:
-        yield movable
-
-
-@pytest.fixture
-async def private() -> AsyncIterator[PrivateRegistry]:
-    """A registry with a token server and private repositories."""
-    async with PrivateRegistry("token") as registry:
-        yield registry
-
-
-@pytest.fixture
-def stock(private: PrivateRegistry) -> Stock:
-    """What it has."""
-    return fill(private)
 
 
 # --- a right that is withdrawn, and who can keep it ---

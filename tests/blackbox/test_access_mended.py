@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import ssl
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -29,8 +28,6 @@ from tests.blackbox.private import (
     body_of,
     challenges,
     deployed,
-    fill,
-    movable_clock,
     parts,
     pull,
     started,
@@ -43,26 +40,6 @@ from tests.conftest import RunningCache, StartCache, settings, upstream
 from tests.fakes.answers import Step, compose, gate, oci_error, perform, status, too_many_requests
 from tests.fakes.client import open_wire
 from tests.fakes.messages import Answer, Request
-
-
-@pytest.fixture
-async def clock() -> AsyncIterator[Clock]:
-    """The time of caches that are started after it was asked for."""
-    with movable_clock() as movable:
-        yield movable
-
-
-@pytest.fixture
-async def private() -> AsyncIterator[PrivateRegistry]:
-    """A registry with a token server."""
-    async with PrivateRegistry("token") as registry:
-        yield registry
-
-
-@pytest.fixture
-def stock(private: PrivateRegistry) -> Stock:
-    """What it has."""
-    return fill(private)
 
 
 @pytest.fixture
