@@ -113,6 +113,8 @@ async def build(config: Config) -> AsyncIterator[Cache]:
         watch.add("pull secrets", pull_secrets.reread)
         await watch.look()
         check_access(config, pull_secrets)
+        for line in warnings_of(config, pull_secrets):
+            log.warning("%s", line)
         for settings in config.upstreams:
             upstream = upstreams[settings.name] = Upstream(settings, metrics, instance, pull_secrets.lookup)
             stack.push_async_callback(upstream.close)
@@ -182,6 +184,19 @@ def check_access(config: Config, pull_secrets: PullSecrets) -> None:
     ]
     if faults:
         raise ConfigError(faults)
+
+
+def warnings_of(config: Config, pull_secrets: PullSecrets) -> list[str]:
+    """A line for each thing that may be meant, and hardly is."""
+    return [
+        f"upstreams[{number}].access: shared, and no pull secret is for {upstream.name}: what is private there is refused; "
+        "do the keys in the secret name that registry?"
+        for number, upstream in enumerate(config.upstreams)
+        if upstream.access is not None
+        and upstream.access.mode == "shared"
+        and upstream.client_cert_file is None
+        and not pull_secrets.concerns(upstream)
+    ]
 
 
 def read_htpasswd(path: Path) -> dict[str, bytes]:

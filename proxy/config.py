@@ -198,7 +198,7 @@ class PullSecretSource(_Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if sum(where is not None for where in (self.file, self.directory, self.registry)) != 1:
-            raise ValueError("one of file, directory and registry is needed")
+            raise ValueError("exactly one of file, directory and registry is needed")
         if "@" in (self.registry or ""):
             raise ValueError("registry: a host, perhaps with port and path; its user is 'username'")
         if (self.registry is None) != (self.username is None) or (self.registry is None) != (self.password_file is None):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import aiofiles
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from proxy.config import PUBLIC_REGISTRIES, AccessConfig, Config
 from proxy.names import DOCKER_HUB, DOCKER_HUB_ALIASES, canonical_host, path_form
@@ -33,9 +34,14 @@ class ConfigError(Exception):
 def _models(model: type[BaseModel] = Config) -> Iterator[type[BaseModel]]:
     yield model
     for field in model.model_fields.values():
-        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                yield from _models(part)
+        for part in _parts(field):
+            yield from _models(part)
+
+
+def _parts(field: FieldInfo) -> list[type[BaseModel]]:
+    """The sections that a key holds."""
+    found = (field.annotation, *getattr(field.annotation, "__args__", ()))
+    return [part for part in found if isinstance(part, type) and issubclass(part, BaseModel)]
 
 
 def keys() -> set[str]:
@@ -55,10 +61,19 @@ async def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config
         raw = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
         expanded = await _expand({} if raw is None else raw, "", faults)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError([f"{path}: not YAML: {' '.join(str(error).split())}"]) from error
+        raise ConfigError([f"{path}: {_not_yaml(error)}"]) from None  # its own text quotes the line, passwords included
     except RecursionError as error:
         raise ConfigError([f"{path}: nested too deep, or within itself"]) from error
     return validate(_merge(expanded, overrides or {}), faults)
+
+
+def _not_yaml(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None)
+    if mark is None and type(error) is yaml.YAMLError:
+        return str(error)  # our own
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+    return f"{place}not YAML: {problem or 'a number or date in it is none'}"
 
 
 def validate(raw: object, faults: list[str] | None = None) -> Config:
@@ -101,8 +116,12 @@ def dangers(config: Config) -> list[str]:
             f"listen: {config.listen} is not on loopback and without TLS, so whoever is on the line could read what clients "
             f"show for {asks}; give listener.tlsCertFile, or say listener.tlsTerminatedInFront: true"
         )
+    names = [upstream.name for upstream in config.upstreams]
+    for number, source in enumerate(config.image_pull_secrets):
+        faults += _pointless(f"imagePullSecrets[{number}].repositories", source.repositories, names)
     for number, upstream in enumerate(config.upstreams):
         access = upstream.access or AccessConfig()
+        faults += _pointless(f"upstreams[{number}].access.repositories", access.repositories, [upstream.name])
         if upstream.client_cert_file is not None and (access.mode != "shared" or access.repositories):
             faults.append(
                 f"upstreams[{number}].access: clientCertFile is shown with every request, so nobody can find out what the "
@@ -121,6 +140,19 @@ def dangers(config: Config) -> list[str]:
             f"admin: {config.admin} is not on loopback; give adminListener.tokenFile or adminListener.clientCAFile, or an "
             "address on loopback"
         )
+    return faults
+
+
+def _pointless(key: str, globs: Sequence[str], registries: Sequence[str]) -> list[str]:
+    """A line for each glob that no image of these registries can match."""
+    faults = []
+    for glob in globs:
+        fixed = re.split(r"[*?\[]", glob, maxsplit=1)[0]
+        if not any(fixed.startswith(f"{name}/") or (fixed != glob and f"{name}/".startswith(fixed)) for name in registries):
+            faults.append(
+                f"{key}: '{glob}' matches nothing of {', '.join(registries)}; it is about registry/repository: write for "
+                f"example {registries[0]}/base/*"
+            )
     return faults
 
 
@@ -182,9 +214,19 @@ def _explain(item: Any) -> str:
     elif item["type"] == "model_type" and item["loc"][:-1] == ("upstreams",):
         message += "; write for example '- name: docker.io'"
     elif item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(item["loc"][-1]), keys(), n=1)
+        near = difflib.get_close_matches(str(item["loc"][-1]), _keys_beside(item["loc"]), n=1)
         message = "unknown key" + (f"; did you mean '{near[0]}'?" if near else "")
     return f"{where}: {message}" if where else message
+
+
+def _keys_beside(place: Sequence[str | int]) -> list[str]:
+    """The keys that there are where this one stands."""
+    model: type[BaseModel] = Config
+    for part in place[:-1]:
+        field = next((field for name, field in model.model_fields.items() if (field.alias or name) == part), None)
+        if field is not None:
+            model = next(iter(_parts(field)), model)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 _PLAIN = {

@@ -133,6 +133,8 @@ class Edge:
             "seconds": round(seconds, 4),
             "agent": request.headers.get("User-Agent", ""),
         }
+        if caller is not None and caller.user is not None:
+            fields["user"] = caller.user
         if error:
             fields["error"] = error
         access_log.info("request", extra={"fields": fields})

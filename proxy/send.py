@@ -30,6 +30,7 @@ _CHUNK = 256 * 1024
 _SLOW_BYTES = 1024
 _SLOW_SECONDS = 60.0
 _CLOSE_WAIT = 8  # tcp_states.h
+_GOODBYE = 31  # bytes of a close_notify on the wire, at most: TLS 1.2 with AES-GCM; 1.3 takes 24
 
 
 BODY_BYTES = web.RequestKey("body_bytes", int)
@@ -260,9 +261,13 @@ class _Socket:
             loop.remove_writer(self._descriptor)
 
     def all_taken(self) -> bool:
-        """Whether the client has acknowledged all that it was given and closed in good order, without a reset."""
+        """Whether the client has acknowledged all that it was given and closed in good order, without a reset.
+
+        Over TLS our goodbye, which answers the client's alone, may still be on its way, or have come to a closed door.
+        """
         state = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-        return self._left() == 0 and state == _CLOSE_WAIT
+        left = self._left()
+        return (left == 0 and state == _CLOSE_WAIT) or (not self.takes_files and 0 < left <= _GOODBYE)
 
     def _left(self) -> int:
         """Bytes that the client has not yet taken of what was given to it (``SIOCOUTQ``, tcp(7), and the transport's)."""

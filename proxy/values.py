@@ -156,7 +156,10 @@ def parse_network(value: object) -> object:
 
 
 def _external_url(value: str) -> str:
-    value = _endpoint(value)
+    try:
+        value = _endpoint(value)
+    except ValueError:
+        raise ValueError("not an address of a registry; write for example https://cache.corp:5000") from None
     if urlsplit(value).path:
         raise ValueError("scheme, host and port only: clients ask a registry at the root of its host")
     return value

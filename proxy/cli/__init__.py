@@ -31,10 +31,13 @@ def main() -> None:
 def check_config(file: Path) -> None:
     """Checks a configuration FILE and names everything that is wrong with it."""
     config = _load(file)
-    from proxy.cli.check import faults_of
+    from proxy.cli.check import check
 
-    if faults := faults_of(config):
+    faults, warnings = check(config)
+    if faults:
         _refuse(faults)
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
     count = len(config.upstreams)
     names = ", ".join(upstream.name for upstream in config.upstreams)
     click.echo(f"{file}: good; {count} upstream{'s' if count > 1 else ''}: {names}")
@@ -69,11 +72,12 @@ def health(admin: str) -> None:
 @click.argument("image")
 @click.option("--admin", metavar="ADDRESS", default="127.0.0.1:5001", show_default=True, help="Its admin address, or a URL.")
 @click.option("--token-file", type=_FILE, help="Holds what adminListener.tokenFile holds.")
-def explain(image: str, admin: str, token_file: Path | None) -> None:
+@click.option("--ca-file", type=_FILE, help="The CA of its certificate, where that is none of the system's.")
+def explain(image: str, admin: str, token_file: Path | None, ca_file: Path | None) -> None:
     """Says what a running pullcache would do about an IMAGE: upstream, access, rules, and which credential it would show."""
     from proxy.cli.explain import run
 
-    sys.exit(run(image, admin, token_file))
+    sys.exit(run(image, admin, token_file, ca_file))
 
 
 def _load(file: Path | None, overrides: dict[str, object] | None = None) -> Config:
@@ -90,5 +94,5 @@ def _load(file: Path | None, overrides: dict[str, object] | None = None) -> Conf
 def _refuse(faults: list[str]) -> NoReturn:
     for fault in faults:
         click.echo(fault, err=True)
-    click.echo(f"the configuration has {len(faults)} fault{'s' if len(faults) > 1 else ''}; nothing was started", err=True)
+    click.echo(f"the configuration has {len(faults)} fault{'s' if len(faults) > 1 else ''}", err=True)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""``pullcache check-config``: what is wrong with the files that a good configuration names."""
+"""``pullcache check-config``: what is wrong, or may be, with the files that a good configuration names."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from proxy.upstream.tls import TLSFileUnusable, context_of
 from proxy.watch import Faults
 
 
-def faults_of(config: Config) -> list[str]:
-    """A line for each certificate, key, user file and pull secret that cannot be used; reads all of them."""
+def check(config: Config) -> tuple[list[str], list[str]]:
+    """Faults (a line for each certificate, key, user file and pull secret that cannot be used) and warnings; reads all of
+    the files."""
     checks: list[Callable[[], object]] = [partial(context_of, upstream) for upstream in config.upstreams]
     for section, listener in (("listener", config.listener), ("adminListener", config.admin_listener)):
         if listener.tls_cert_file is not None:
@@ -29,16 +30,18 @@ def faults_of(config: Config) -> list[str]:
     if config.admin_listener.token_file is not None:
         checks.append(partial(AdminToken, config.admin_listener.token_file))
     faults = []
-    for check in checks:
+    for each in checks:
         try:
-            check()
+            each()
         except (TLSFileUnusable, CertificateUnusable, HtpasswdInvalid, AdminTokenUnusable) as error:
             faults.append(str(error))
-    return faults + asyncio.run(_secrets(config))
+    more, warnings = asyncio.run(_secrets(config))
+    return faults + more, warnings
 
 
-async def _secrets(config: Config) -> list[str]:
+async def _secrets(config: Config) -> tuple[list[str], list[str]]:
     faults: list[str] = []
+    warnings: list[str] = []
     async with AsyncExitStack() as stack:
         threads = Threads()
         stack.callback(threads.close)
@@ -48,7 +51,8 @@ async def _secrets(config: Config) -> list[str]:
                 await pull_secrets.reread()
             except Faults as unusable:
                 faults += unusable.lines
+            warnings = app.warnings_of(config, pull_secrets)
             app.check_access(config, pull_secrets)
         except ConfigError as error:
             faults += error.faults
-    return faults
+    return faults, warnings

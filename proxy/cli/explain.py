@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import ssl
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
 
 import click
 
@@ -16,25 +18,50 @@ SECONDS = 30.0
 _MOST = 1024 * 1024
 
 
-def run(image: str, admin: str, token_file: Path | None) -> int:
+def run(image: str, admin: str, token_file: Path | None = None, ca_file: Path | None = None) -> int:
     """The exit code: 0 where the image is one of the cache's and allowed, else 1."""
     url = admin if "://" in admin else f"http://{admin}"
     request = Request(f"{url}/explain?image={quote(image, safe='')}")  # noqa: S310 - the operator's own address
     try:
-        if token_file is not None:
-            request.add_header("Authorization", f"Bearer {token_file.read_text().strip()}")
-        with build_opener(ProxyHandler({})).open(request, timeout=SECONDS) as answer:
-            found = json.loads(answer.read(_MOST))
-    except HTTPError as error:
-        reason = "it wants its token; give --token-file" if error.code == 401 else f"it answered {error.code}"
-        click.echo(f"cannot explain: {admin}: {reason}", err=True)
+        found = _asked(request, token_file, ca_file)
+    except _Unasked as error:
+        click.echo(f"cannot explain: {error}", err=True)
         return 1
-    except (URLError, OSError, ValueError) as error:
-        click.echo(f"cannot explain: {admin} cannot be asked: {getattr(error, 'reason', error)}", err=True)
+    except HTTPError as error:
+        wanted = f"{token_file} does not hold its token" if token_file else "it wants its token; give --token-file"
+        click.echo(f"cannot explain: {admin}: {wanted if error.code == 401 else f'it answered {error.code}'}", err=True)
+        return 1
+    except (URLError, OSError, ValueError, HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        click.echo(f"cannot explain: {admin} cannot be asked: {reason}; {_hint(url, reason)}", err=True)
         return 1
     for line in lines(found):
         click.echo(line)
     return 0 if found.get("allowed") else 1
+
+
+class _Unasked(Exception):
+    """A file that was given cannot be used."""
+
+
+def _asked(request: Request, token_file: Path | None, ca_file: Path | None) -> Any:
+    try:
+        if token_file is not None:
+            request.add_header("Authorization", f"Bearer {token_file.read_text().strip()}")
+        tls = ssl.create_default_context(cafile=ca_file)
+    except (OSError, ValueError) as error:
+        file = getattr(error, "filename", None) or ca_file or token_file
+        raise _Unasked(f"{file}: cannot be used: {getattr(error, 'strerror', None) or error}") from error
+    with build_opener(ProxyHandler({}), HTTPSHandler(context=tls)).open(request, timeout=SECONDS) as answer:
+        return json.loads(answer.read(_MOST))
+
+
+def _hint(url: str, reason: object) -> str:
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return "give its CA: --ca-file"
+    if url.startswith("http://") and not isinstance(reason, ConnectionRefusedError):
+        return "if it has TLS, write --admin https://..."
+    return "is pullcache running, and is this its admin address?"
 
 
 def lines(found: dict[str, Any]) -> list[str]:

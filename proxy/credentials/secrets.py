@@ -62,13 +62,16 @@ class PullSecrets:
     async def reread(self) -> None:
         """Uses what the files hold now; raises ``Faults`` with those that cannot be used, after the others were."""
         readings = await self._threads.run(read, self._sources)
-        faults = [reading.fault for reading in readings.values() if reading.fault]
+        faults: list[str] = []
         good: dict[str, Reading] = {}
         for name, reading in readings.items():
             if not reading.fault:
                 good[name] = reading
-            else:  # what cannot be used now keeps what it held; a Secret that is gone from its directory is not here
-                good |= {old: kept for old, kept in self._good.items() if old == name or old.startswith(f"{name}/")}
+                continue
+            # What cannot be used now keeps what it held; a Secret that is gone from its directory is not here.
+            kept = {old: before for old, before in self._good.items() if old == name or old.startswith(f"{name}/")}
+            faults.append(reading.fault + ("; what it held before is still used" if kept else ""))
+            good |= kept
         self._good = good
         entries: list[Entry] = []
         for reading in self._good.values():

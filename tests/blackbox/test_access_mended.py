@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
+import socket
 import ssl
+from contextlib import suppress
 from pathlib import Path
 
+import bcrypt
 import pytest
 
 from proxy.configfile import validate
@@ -112,6 +116,54 @@ async def test_a_client_that_leaves_over_tls_is_no_fault_of_the_cache(
             await wire.close()
         await until(lambda: cache.metric("connections") == 0)
     assert "failed by a fault of pullcache" not in caplog.text
+
+
+def take_and_hang_up(port: int, tls: ssl.SSLContext, path: str) -> bytes:
+    """One request as Go's clients make it: the whole answer, a goodbye of TLS, and the socket closed without waiting for the
+    other side's."""
+    with (
+        socket.create_connection(("127.0.0.1", port), 20) as plain,
+        tls.wrap_socket(plain, server_hostname="127.0.0.1") as wire,
+    ):
+        wire.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            answer += wire.recv(65536)
+        head, _, body = answer.partition(b"\r\n\r\n")
+        (length,) = (int(line[16:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length: "))
+        while len(body) < length:
+            body += wire.recv(65536)
+        wire.settimeout(0)
+        with suppress(OSError):
+            wire.unwrap()
+    return body
+
+
+@pytest.mark.parametrize("part", ["tag", "layer"])
+async def test_whoever_has_taken_the_whole_over_tls_has_not_left(
+    tmp_path: Path, private: PrivateRegistry, stock: Stock, part: str
+) -> None:
+    """Its goodbye and ours cross; several times, since it is a race."""
+    certificates = Certificates(tmp_path)
+    config = validate(settings(tmp_path / "cache", upstream(private), listener=certificates.listener(of_clients=False)))
+    path, tls = parts(OPEN, stock.open)[part], certificates.client()
+    async with deployed(config) as cache:
+        for _ in range(50):
+            assert await asyncio.to_thread(take_and_hang_up, cache.port, tls, path) == body_of(stock.open, part)
+        await until(lambda: cache.metric("connections") == 0)
+        assert cache.metric("requests_total", status="200") == 50
+
+
+async def test_the_access_log_names_the_user(
+    tmp_path: Path, private: PrivateRegistry, stock: Stock, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "htpasswd"
+    file.write_bytes(b"ci:" + bcrypt.hashpw(b"its password", bcrypt.gensalt(4)) + b"\n")
+    with caplog.at_level(logging.INFO, logger="proxy.access"):
+        async with started(tmp_path / "cache", upstream(private), listener={"htpasswdFile": str(file)}) as cache:
+            assert (await cache.get(parts(OPEN, stock.open)["tag"], Account("ci", "its password").headers)).status == 200
+            await until(lambda: bool(caplog.records))
+    assert [record.fields["user"] for record in caplog.records if hasattr(record, "fields")] == ["ci"]
 
 
 # --- T20 ---

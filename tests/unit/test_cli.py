@@ -79,7 +79,34 @@ def test_every_fault_of_a_bad_one_is_listed(tmp_path: Path) -> None:
     assert result.stdout == ""
     lines = result.stderr.splitlines()
     assert sorted(line.partition(":")[0] for line in lines[:-1]) == ["lisen", "log.level", "upstreams[0].name"]
-    assert lines[-1] == "the configuration has 3 faults; nothing was started"
+    assert lines[-1] == "the configuration has 3 faults"
+
+
+def test_what_is_hardly_meant_is_warned_of(tmp_path: Path) -> None:
+    """A secret for another registry serves nobody."""
+    file, secret = tmp_path / "config.yaml", tmp_path / "config.json"
+    secret.write_text('{"auths": {"other.test": {"username": "u", "password": "hunter2"}}}')
+    access = "{mode: shared, iUnderstandThisIsShared: true}"
+    file.write_text(f"upstreams: [{{name: corp.test, access: {access}}}]\nimagePullSecrets: [{{file: {secret}}}]")
+    result = invoke("check-config", str(file))
+    assert result.exit_code == 0
+    assert "warning: upstreams[0].access: shared, and no pull secret is for corp.test" in result.stderr
+    secret.write_text('{"auths": {"corp.test": {"username": "u", "password": "hunter2"}}}')
+    assert invoke("check-config", str(file)).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--admin", "127.0.0.1:1"], "is pullcache running"),
+        (["--token-file", "/nowhere/token"], "/nowhere/token: cannot be used"),
+        (["--ca-file", "/nowhere/ca"], "/nowhere/ca: cannot be used"),
+    ],
+)
+def test_an_explanation_that_cannot_be_had_says_why(arguments: list[str], told: str) -> None:
+    result = invoke("explain", "docker.io/library/debian", *arguments)
+    assert result.exit_code == 1
+    assert told in result.stderr
 
 
 class Files:
@@ -164,7 +191,7 @@ def test_a_key_that_cannot_be_used_is_named(files: Files, bad: str) -> None:
     assert str(files.bad[bad]) in fault
     assert ("encrypted" in fault) == bad.startswith("encrypted")
     assert ("mismatch" in fault) == (bad == "of another certificate")
-    assert last == "the configuration has 1 fault; nothing was started"
+    assert last == "the configuration has 1 fault"
 
 
 @pytest.mark.parametrize("key", ["caFile", "clientCertFile"])

@@ -138,6 +138,9 @@ def test_a_clash_is_named_beside_faults_of_single_keys() -> None:
         (one(insecureSkipVerfy=True), "upstreams[0].insecureSkipVerfy", "did you mean 'insecureSkipVerify'"),
         (one(timeouts={"conect": "1s"}), "upstreams[0].timeouts.conect", "did you mean 'connect'"),
         ({"qqqqqqq": 1}, "qqqqqqq", "unknown key"),
+        (one(endpoint=["https://a.test"]), "upstreams[0].endpoint", "did you mean 'endpoints'"),
+        ({"imagePullSecrets": [{"file": "/a", "name": "x"}]}, "imagePullSecrets[0].name", "did you mean 'username'"),
+        (one(access={"mod": "public"}), "upstreams[0].access.mod", "did you mean 'mode'"),
     ],
 )
 def test_an_unknown_key_is_refused_with_what_was_meant(raw: object, path: str, hint: str) -> None:
@@ -568,6 +571,25 @@ def test_a_file_that_is_no_configuration_is_a_fault_and_no_crash(tmp_path: Path,
     assert faults_of_text(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        pytest.param('httpProxy: "http://u:hunter2@proxy.corp:3128', "line 4", id="unclosed"),
+        pytest.param("httpProxy: http://u:hunter2@proxy.corp: 3128", "line 3, column 43", id="stray-blank"),
+        pytest.param("httpProxy: 0b_hunter2_", "httpProxy", id="no-address"),
+        pytest.param("httpProxy: !hunter2 x", "line 3", id="a-tag"),
+        pytest.param("httpProxy: {hunter2", "line 4", id="no-end"),
+        pytest.param("httpProxy: [hunter2: [}", "line 3", id="another-end"),
+        pytest.param("httpProxy: hunter2\0", "not YAML", id="NUL"),
+    ],
+)
+def test_what_is_not_yaml_is_placed_and_not_quoted(tmp_path: Path, line: str, told: str) -> None:
+    """A configuration may hold the password of a proxy."""
+    (fault,) = faults_of_text(tmp_path, f"upstreams:\n  - name: docker.io\n    {line}\n")
+    assert told in fault
+    assert "hunter2" not in fault or line.startswith("httpProxy: !")
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.yaml", tmp_path):
         with pytest.raises(ConfigError, match=str(path)):
@@ -929,6 +951,32 @@ def test_a_realm_that_would_break_its_header_is_refused(realm: str) -> None:
     assert fault.startswith("listener.realm: ")
 
 
+@pytest.mark.parametrize(
+    ("glob", "is_refused"),
+    [
+        ("corp.test/team/*", False),
+        ("corp.test/*", False),
+        ("*", False),
+        ("*/team/app", False),
+        ("corp.*/team", False),
+        ("c[o]rp.test/a", False),
+        ("team/*", True),
+        ("corp.test", True),
+        ("corp.tes/*", True),
+        ("corp.testing/*", True),
+    ],
+)
+def test_a_glob_that_can_match_nothing_of_its_registry_is_refused(glob: str, is_refused: bool) -> None:
+    access = one(access={"mode": "shared", "repositories": [glob]})
+    secret = one(access="public") | {"imagePullSecrets": [{"file": "/a", "repositories": [glob]}]}
+    for raw, key in ((access, "upstreams[0].access.repositories"), (secret, "imagePullSecrets[0].repositories")):
+        if is_refused:
+            (fault,) = faults_of(raw)
+            assert fault.startswith(f"{key}: '{glob}' matches nothing of corp.test")
+        else:
+            validate(raw)
+
+
 # --- pull secrets ---
 
 
@@ -942,7 +990,7 @@ def test_a_realm_that_would_break_its_header_is_refused(realm: str) -> None:
     ],
 )
 def test_where_a_pull_secret_is(source: dict[str, Any]) -> None:
-    (found,) = validate({"imagePullSecrets": [source]}).image_pull_secrets
+    (found,) = validate({**one(access="public"), "imagePullSecrets": [source]}).image_pull_secrets
     written = found.model_dump(by_alias=True, exclude_defaults=True, mode="json")
     assert written == source
 
@@ -950,13 +998,13 @@ def test_where_a_pull_secret_is(source: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("source", "hint"),
     [
-        ({}, "one of file, directory and registry is needed"),
-        ({"file": "/a", "directory": "/b"}, "one of file, directory and registry is needed"),
+        ({}, "exactly one of file, directory and registry is needed"),
+        ({"file": "/a", "directory": "/b"}, "exactly one of file, directory and registry is needed"),
         (
             {"file": "/a", "registry": "corp.test", "username": "u", "passwordFile": "/p"},
-            "one of file, directory and registry is needed",
+            "exactly one of file, directory and registry is needed",
         ),
-        ({"username": "u", "passwordFile": "/p"}, "one of file, directory and registry is needed"),
+        ({"username": "u", "passwordFile": "/p"}, "exactly one of file, directory and registry is needed"),
         ({"registry": "corp.test"}, "registry, username and passwordFile belong together"),
         ({"registry": "corp.test", "username": "u"}, "registry, username and passwordFile belong together"),
         ({"registry": "corp.test", "passwordFile": "/p"}, "registry, username and passwordFile belong together"),

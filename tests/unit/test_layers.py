@@ -47,7 +47,7 @@ FOREIGN = {
     "yaml": {"configfile", "credentials/docker_config", "credentials/providers"},
     "pydantic": {"config", "configfile", "values"},
     "prometheus_client": {"metrics", "upstream/*"},
-    "ssl": {"upstream/*", "certificates"},
+    "ssl": {"upstream/*", "certificates", "cli/explain"},
     "bcrypt": {"access/htpasswd"},
 }
 """Libraries that only some may know."""
