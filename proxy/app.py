@@ -125,6 +125,7 @@ async def build(config: Config) -> AsyncIterator[Cache]:
         stack.push_async_callback(fetcher.close)
         handles = Handles(timer, _HANDLE_LIFE)
         gate = _gate_of(config, handles, stack, watch, threads)
+        stack.push_async_callback(gate.close)
         handlers = Handlers(
             upstreams,
             gate,

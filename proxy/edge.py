@@ -112,7 +112,7 @@ class Edge:
     async def _caller(self, request: web.BaseRequest, *, is_open: bool) -> Caller:
         address = request.remote or "-"
         if self._is_fronted:  # the last one is what the front has written; what is before it anybody can write
-            address = request.headers.getall("X-Forwarded-For", [address])[-1].rpartition(",")[2].strip()[:64]
+            address = request.headers.getall("X-Forwarded-For", [""])[-1].rpartition(",")[2].strip()[:64] or address
         if is_open:
             return Caller(address)
         certificate = request.transport.get_extra_info("peercert") if request.transport is not None else None

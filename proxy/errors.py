@@ -145,6 +145,10 @@ class UpstreamBroken(UpstreamFailing):
     code, status = "UNKNOWN", 502
 
 
+class UpstreamIntercepted(UpstreamBroken):
+    """A 401 or 403 that is no registry's: a firewall or a login page in between has answered."""
+
+
 class UpstreamRefused(UpstreamBroken):
     """A 4xx that is none of the known ones: no use, but no word on how the upstream is either."""
 

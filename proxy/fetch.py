@@ -229,21 +229,21 @@ class Fetcher:
         """A reader of the download of ``digest``, which begins now unless it is in flight.
 
         ``size``: as a manifest states it, if one does. ``start``: the first byte that the client wants. A client that
-        comes back for the rest of content that has just turned out to be wrong is refused, so that it goes on elsewhere;
-        one that begins anew is not. ``own``: not a download of another origin, which has just failed this client. ``again``:
-        that download was this client's, who has been told nothing yet.
+        comes back for the rest of content that has just turned out to be wrong is refused, so that it goes on elsewhere,
+        whosever download it was; one that begins anew is not. ``own``: not a download of another origin, which has just
+        failed this client. ``again``: that download was this client's, who has been told nothing yet.
         """
         if start > 0 and not again and (reason := self._failed.get((digest, origin))) is not None:
             raise UpstreamBroken(f"the download failed a moment ago: {reason}")
         fill = self._fills.get(digest)
         if fill is not None and (fill.origin == origin or not own) and fill.spool.serves(start):
             self._metrics.followers.inc()
-            return fill.spool.attach(start)
+            return fill.spool.attach(start, origin)
         spool = Spool(digest, self._store.spool())
         spool.size = size
         turn = self._turns.get((digest, origin), 0)
         fill = self._fills[digest] = Fill(spool, origin, source, turn, self._limit, floor)
-        reader = spool.attach(start)
+        reader = spool.attach(start, origin)
         task = asyncio.create_task(self._run(fill), name=f"fill {digest}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -297,7 +297,8 @@ class Fetcher:
             log.warning("the download of %s failed: %s", fill.spool.digest, error)
         if isinstance(error, Mismatch):
             key = fill.spool.digest, fill.origin
-            self._failed[key] = str(error)
+            for origin in {fill.origin, *fill.spool.told}:  # who followed holds wrong bytes, too, and asks its own upstream
+                self._failed[fill.spool.digest, origin] = str(error)
             self._turns[key] = self._turns.get(key, 0) + 1  # the next download begins at the next endpoint
             self._metrics.mismatches.labels(fill.origin.name).inc()
 

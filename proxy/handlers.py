@@ -19,7 +19,7 @@ from proxy.access.proofs import Access, Withdrawn
 from proxy.answers import Answer, Target
 from proxy.credentials.credential import Asker, Identity
 from proxy.discovery import Discovery, Named
-from proxy.errors import Denied, LoopDetected, NameUnknown, RequestTooLarge, Unauthorized
+from proxy.errors import Denied, LoopDetected, NameUnknown, RequestTooLarge, Unauthorized, UpstreamFailing
 from proxy.listings import parse_query
 from proxy.logs import printable
 from proxy.metrics import Metrics
@@ -186,12 +186,20 @@ class Handlers:
         """In whose name, and what; raises ``Withdrawn`` where that has just lost its right, and another may have one."""
         since = self.store.withdrawals
         identity = await self.access.identity(asked.upstream, asked.repository, caller, probe)
-        asker = Asker(identity, asked.via)
+
+        def target(identity: Identity) -> Target:
+            asker = Asker(identity, asked.via)
+            return Target(asked.upstream.name, asked.upstream.key, asked.repository, asker, since)
+
         try:
-            return identity, await ask(Target(asked.upstream.name, asked.upstream.key, asked.repository, asker, since))
+            return identity, await ask(target(identity))
         except Denied as refusal:
             await self.access.refused(asked.upstream, asked.repository, identity, refusal)
             raise
+        except UpstreamFailing:
+            if (other := self.access.fallback(asked.upstream, asked.repository, caller, identity)) is None:
+                raise
+            return other, await ask(target(other))
 
     async def _send(self, request: web.BaseRequest, answer: Answer) -> web.StreamResponse:
         request[DECISION] = answer.decision

@@ -279,12 +279,14 @@ class Pull:
     async def _may_read(self, target: Target, digest: Digest) -> bool:
         """Proves the link of what is held or in flight, by one HEAD. What is neither is proved by the GET that brings it.
 
-        False: it is private elsewhere, and an upstream that only says that it has it, too, has to show it.
+        What is in flight may be followed for what it brings; it opens nothing that is held, since it may end in a no. False:
+        it is private elsewhere, and an upstream that only says that it has it, too, has to show it.
         """
         if self._is_linked(target, digest):
             return True
-        in_flight = self._fetcher.origin(digest)
-        if in_flight is None and not self._store.has(digest):
+        is_held = self._store.has(digest)
+        in_flight = None if is_held else self._fetcher.origin(digest)
+        if not is_held and in_flight is None:
             return True
         if in_flight is not None and (in_flight.upstream, in_flight.repository) == (target.key, target.repository):
             return True

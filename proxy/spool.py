@@ -20,7 +20,7 @@ import logging
 from collections.abc import AsyncIterator
 
 from proxy.names import Digest
-from proxy.storage.base import FileSpan, Piece
+from proxy.storage.base import FileSpan, Origin, Piece
 from proxy.storage.layout import SpoolFile
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class Spool:
         self.announced = False
         self.released = False
         self.failure: Exception | None = None
+        self.told: set[Origin] = set()  # by what name those asked who were given a status, and so perhaps bytes
         self._file = file
         self._saving = file is not None
         self._saved = 0
@@ -123,9 +124,9 @@ class Spool:
         """Whether a reader that begins at ``start`` can still be served."""
         return self.failure is None and (self._saving or self._window_start <= max(self._first(start), self._saved))
 
-    def attach(self, start: int) -> SpoolReader:
-        """A reader that will begin at ``start``."""
-        reader = SpoolReader(self, self._first(start))
+    def attach(self, start: int, origin: Origin | None = None) -> SpoolReader:
+        """A reader that will begin at ``start``, for a client that asked for the content as ``origin``'s."""
+        reader = SpoolReader(self, self._first(start), origin)
         self._readers.add(reader)
         return reader
 
@@ -188,8 +189,9 @@ class Spool:
 class SpoolReader:
     """One client's way through the content, at its own pace."""
 
-    def __init__(self, spool: Spool, start: int) -> None:
+    def __init__(self, spool: Spool, start: int, origin: Origin | None) -> None:
         self._spool = spool
+        self._origin = origin
         self.position = start
 
     @property
@@ -223,6 +225,8 @@ class SpoolReader:
             pass
         if spool.failure is not None and not spool.released:
             raise spool.failure
+        if self._origin is not None:
+            spool.told.add(self._origin)
 
     async def read(self, start: int, stop: int | None) -> AsyncIterator[Piece]:
         """The bytes as they become readable; raises what the download failed with where they end early."""

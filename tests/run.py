@@ -17,7 +17,16 @@ import pytest
 
 _ACCESS = [
     f"tests/blackbox/test_{name}.py"
-    for name in ("access", "access_attacked", "access_mended", "listener_access", "secrets", "rotation", "canaries")
+    for name in (
+        "access",
+        "access_attacked",
+        "access_attacked_again",
+        "access_mended",
+        "listener_access",
+        "secrets",
+        "rotation",
+        "canaries",
+    )
 ]
 PARTS = {
     "real": ["tests/real"],

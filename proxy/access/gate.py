@@ -48,8 +48,12 @@ class Gate:
         self._token_url = token_url
         self._handles = handles
         self._attempts = attempts
-        self._once: Once[tuple[str, Basic], None] = Once()
+        self._once: Once[tuple[str, Basic], None] = Once(outlives_callers=True)  # who leaves early was not wrong
         self._turns = Turns()
+
+    async def close(self) -> None:
+        """Ends the checks that are running."""
+        await self._once.close()
 
     async def admit(self, address: str, header: str | None, certificate_user: str | None) -> Caller:
         """Who the client is; raises ``Unauthorized`` where that has to be shown, ``TooManyAttempts`` after wrong tries."""

@@ -13,7 +13,7 @@ import hmac
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cachetools import LRUCache, TTLCache
@@ -32,9 +32,11 @@ from proxy.errors import (
     ManifestUnknown,
     NameUnknown,
     RegistryError,
+    TooManyRequests,
     Unauthorized,
     UpstreamBroken,
     UpstreamFailing,
+    UpstreamIntercepted,
     UpstreamUnavailable,
 )
 from proxy.names import Repository
@@ -50,6 +52,7 @@ _PRIVATE = 60.0  # seconds that a no to the anonymous, or to us, is remembered: 
 _REFUSED = 10.0  # seconds that a no to a credential is remembered: its owner may just have been given the right
 _FAILING = 5.0  # seconds in which an upstream that failed is not asked for what it has said yes to before
 _PATIENCE = 20.0
+_PATIENCE_GIVEN = 5.0  # where there was a yes before: containerd waits 30 s for all that is asked of a request
 _AT_ONCE = 5  # credentials of one client that are tried at the same time: the right ones take their attempts back
 _AT_ONCE_UPSTREAM = 20
 
@@ -94,6 +97,8 @@ class _Question:
     key: _Key
     address: str
     """Of the client whose credential it is about; empty where it is about none."""
+    secrets: int
+    """Which of our own secrets it is asked with, where it is in their name."""
 
 
 class Access:
@@ -120,7 +125,8 @@ class Access:
         self._private: TTLCache[_Key, str] = TTLCache(16384, _PRIVATE, timer=timer)
         self._refused: TTLCache[_Key, str] = TTLCache(16384, _REFUSED, timer=timer)
         self._tried: TTLCache[tuple[bytes, str], bool] = TTLCache(16384, 60.0, timer=timer)
-        self._failing: TTLCache[_Key, bool] = TTLCache(16384, _FAILING, timer=timer)
+        self._failing: TTLCache[tuple[_Key, str], bool] = TTLCache(16384, _FAILING, timer=timer)  # "": whatever it is asked
+        self._secrets = 0  # how often they have changed: what was said to those of before is nothing to these
         self._once: Once[tuple[_Key, str], None] = Once(outlives_callers=True)  # bounded, and its answer is worth having
         self._turns = Turns()
 
@@ -138,11 +144,11 @@ class Access:
             return ANONYMOUS
         anyone = self._question(upstream, repository, ANONYMOUS, probe)
         client = self._question(upstream, repository, Identity("client", caller.credential), probe, caller.address)
-        if caller.credential is not None and anyone.key in self._failing and self._age(client.key) < sum(_ages_of(client)):
-            return client.identity  # whether the anonymous may read it cannot be found out now
+        was_given = caller.credential is not None and self._was_given(client)
         try:
-            await self._prove(anyone)
-            return QUOTA
+            if not (was_given and self._is_failing(anyone)):  # else it cannot be found out now
+                await self._prove(anyone, _PATIENCE_GIVEN if was_given else _PATIENCE)
+                return QUOTA
         except (Denied, ManifestUnknown, BlobUnknown, NameUnknown, UpstreamFailing) as error:
             if mode == "public" or (caller.credential is None and not isinstance(error, Denied)):
                 raise
@@ -153,6 +159,15 @@ class Access:
         except Denied as error:
             raise Unauthorized(f"{upstream.name} does not give {repository} to this credential: {error.message}") from None
         return client.identity
+
+    def fallback(self, upstream: Upstream, repository: Repository, caller: Caller, identity: Identity) -> Identity | None:
+        """In whose name what is held may be read where the upstream fails, and ``identity`` is not enough: the client's own,
+        who was given it while it was not public."""
+        if caller.credential is None or identity is not QUOTA or mode_of(upstream.config, repository) != "verify":
+            return None
+        client = Identity("client", caller.credential)
+        question = self._question(upstream, repository, client, probes.of_list(upstream, repository), caller.address)
+        return client if self._was_given(question) else None
 
     async def refused(self, upstream: Upstream, repository: Repository, identity: Identity, refusal: Denied) -> None:
         """The registry has refused something to whom it had said yes. Raises ``Withdrawn`` where it was the repository, and
@@ -170,6 +185,7 @@ class Access:
 
     def forget_secret(self) -> None:
         """Our own secrets are others now: neither yes nor no to them holds any longer."""
+        self._secrets += 1
         for memory in (self._yes, self._private):
             for key in [key for key in list(memory) if key[0] == SECRET.proof.encode()]:
                 memory.pop(key, None)
@@ -178,34 +194,58 @@ class Access:
         """Ends what is being asked."""
         await self._once.close()
 
-    async def _prove(self, question: _Question) -> None:
+    async def _prove(self, question: _Question, patience: float = _PATIENCE) -> None:
         """A yes that is not too old; raises ``RegistryError`` where there is none."""
         key, upstream, repository = question.key, question.upstream, question.repository
-        fresh, stale = _ages_of(question)
-        age = self._age(key)
-        if age < fresh:
+        if self._age(key) < _ages_of(question)[0]:
             return
         for memory in (self._private, self._refused):
             if (refusal := memory.get(key)) is not None:
                 raise Denied(refusal)
-        proof = question.identity.proof
-        was_given = age < fresh + stale or (proof != "client" and self._store.was_given(upstream.key, repository, proof))
-        if was_given and key in self._failing:
+        was_given = self._was_given(question)
+        if was_given and self._is_failing(question):
             return
+        if was_given:
+            patience = _PATIENCE_GIVEN
         try:
-            await self._once.run((key, question.probe.what), lambda: self._ask(question, was_given=was_given))
+            await self._once.run((key, question.probe.what), lambda: self._ask(question, patience, was_given=was_given))
         except UpstreamFailing as failure:
-            self._failing[key] = True
+            # An odd answer is one to this question, which the client has chosen: it tells nothing of another one's.
+            is_all = isinstance(failure, UpstreamUnavailable | TooManyRequests)
+            self._failing[key, "" if is_all else question.probe.what] = True
             if not was_given:
                 raise
             log.warning("%s of %s is served on the yes of before: %s", repository, upstream.name, failure.message)
+        except (ManifestUnknown, BlobUnknown):
+            if not was_given:
+                raise
+            await self._check_open(question)
 
-    async def _ask(self, question: _Question, *, was_given: bool) -> None:
+    async def _check_open(self, question: _Question) -> None:
+        """What was deleted upstream is served on to those who may read the repository; some registries say 404 where they
+        mean 403, and of the tags then, too. Raises ``RegistryError``."""
+        tags = probes.of_list(question.upstream, question.repository)
+        await self._prove(replace(question, probe=tags), _PATIENCE_GIVEN)
+
+    def _was_given(self, question: _Question) -> bool:
+        """Whether there was a yes that may be stretched."""
+        proof = question.identity.proof
+        if self._age(question.key) < sum(_ages_of(question)):
+            return True
+        return proof != "client" and self._store.was_given(question.upstream.key, question.repository, proof)
+
+    def _is_void(self, question: _Question) -> bool:
+        return question.identity == SECRET and question.secrets != self._secrets
+
+    def _is_failing(self, question: _Question) -> bool:
+        return (question.key, "") in self._failing or (question.key, question.probe.what) in self._failing
+
+    async def _ask(self, question: _Question, patience: float, *, was_given: bool) -> None:
         """Asks the upstream when it is the client's turn; raises ``UpstreamUnavailable`` where that takes too long."""
         upstream = question.upstream
         try:
             async with (
-                asyncio.timeout(_PATIENCE),
+                asyncio.timeout(patience),
                 self._turns.of(question.address, _AT_ONCE),
                 self._turns.of(question.address and upstream.name, _AT_ONCE_UPSTREAM),
             ):
@@ -221,22 +261,18 @@ class Access:
         try:
             await question.probe.ask(question.identity)
         except Denied as error:
-            if not was_given or await self._is_closed(question, error):
+            if not self._is_void(question) and (not was_given or await self._is_closed(question, error)):
                 await self._withdraw(question, error)
             raise
         except RegistryError:
             self._tried[who] = True
-            raise
-        except asyncio.CancelledError:  # it took too long: nothing was learnt
-            if attempt is not None:
-                attempt.succeeded()
             raise
         if attempt is not None:
             attempt.succeeded()
         self._tried[who] = True
         if noes != self._noes.get(question.key, 0):
             raise Denied(f"{question.upstream.name} has just closed {question.repository}")
-        if question.probe.proves:
+        if question.probe.proves and not self._is_void(question):
             self._yes[question.key] = self._timer()
 
     def _attempt(self, question: _Question, *, was_given: bool) -> Attempt | None:
@@ -248,14 +284,18 @@ class Access:
     async def _is_closed(self, question: _Question, refusal: Denied) -> bool:
         """Whether a no to whom the registry had said yes is about the repository: registries that scan refuse single
         artifacts. What may be another's word than the registry's ends no yes: raises ``UpstreamFailing`` then."""
+        _check_certain(refusal)
         try:
-            _check_certain(refusal)
             await probes.of_list(question.upstream, question.repository).ask(question.identity)
         except Denied as again:
             _check_certain(again)
             return True
         except NameUnknown:
             return True
+        except UpstreamIntercepted:
+            raise
+        except UpstreamBroken:  # it is up, has refused, and lists nothing: nothing more is confirmed
+            return False
         return False
 
     async def _withdraw(self, question: _Question, refusal: Denied) -> None:
@@ -283,7 +323,7 @@ class Access:
             encoded = [part.encode("utf-8", "surrogatepass") for part in parts]
             text = b"".join(len(part).to_bytes(8) + part for part in encoded)
             who = hmac.digest(self._hash_key, text, hashlib.sha256)
-        return _Question(upstream, repository, identity, probe, (who, upstream.key, repository), address)
+        return _Question(upstream, repository, identity, probe, (who, upstream.key, repository), address, self._secrets)
 
 
 def _ages_of(question: _Question) -> tuple[float, float]:

@@ -14,6 +14,9 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from cachetools import FIFOCache
 
 from proxy.credentials.credential import Proof
 from proxy.manifests import Manifest
@@ -83,7 +86,11 @@ class Catalog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._reader = self._connect()
-        self._queue: queue.SimpleQueue[tuple[Write, Future[None]] | None] = queue.SimpleQueue()
+        self.withdrawals = 0
+        """How many there were since it was opened."""
+        self._withdrawn: FIFOCache[tuple[str, Repository, Proof], int] = FIFOCache(65536)
+        self._withdrawing = threading.Lock()
+        self._queue: queue.SimpleQueue[tuple[Write, Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="catalog", daemon=True)
 
     @classmethod
@@ -153,12 +160,14 @@ class Catalog:
         return row is not None
 
     def is_others(self, upstream: str, digest: Digest) -> bool:
-        """Whether ``digest`` is private content of other upstreams, and was never given by this one."""
+        """Whether ``digest`` was given neither by this upstream nor to the anonymous, and is held all the same, or was given
+        by others. What is held and has no links at all was somebody's."""
         row = self._reader.execute(
-            "SELECT count(*), coalesce(sum(upstream = ? OR proof = 'anonymous'), 0) FROM links WHERE digest = ?",
-            (upstream, str(digest)),
+            "SELECT (EXISTS (SELECT 1 FROM blobs WHERE digest = ?1) OR EXISTS (SELECT 1 FROM links WHERE digest = ?1)) "
+            "AND NOT EXISTS (SELECT 1 FROM links WHERE digest = ?1 AND (upstream = ?2 OR proof = 'anonymous'))",
+            (str(digest), upstream),
         ).fetchone()
-        return bool(row[0] and not row[1])
+        return bool(row[0])
 
     def is_public(self, digest: Digest) -> bool:
         """Whether some registry has given ``digest`` to the anonymous."""
@@ -167,12 +176,9 @@ class Catalog:
         ).fetchone()
         return row is not None
 
-    def linked(self, upstream: str, repository: Repository, proof: Proof) -> list[Digest]:
-        """What was given from that repository by that proof."""
-        rows = self._reader.execute(
-            "SELECT digest FROM links WHERE upstream = ? AND repository = ? AND proof = ?", (upstream, repository, proof)
-        )
-        return [parse_digest(row[0]) for row in rows]
+    def is_void(self, origin: Origin) -> bool:
+        """Whether the right by which something was got has been withdrawn since: then it proves nothing."""
+        return self._withdrawn.get((origin.upstream, origin.repository, origin.proof), 0) > origin.since
 
     def was_given(self, upstream: str, repository: Repository, proof: Proof) -> bool:
         """Whether anything was given from that repository by that proof."""
@@ -224,6 +230,8 @@ class Catalog:
         return links, tags
 
     # -- writing: each returns a future that is done once the change is committed ------------------------------------
+    #
+    # Whether it is void is looked at when a write has its turn: if it is not, a withdrawal has its turn after it.
 
     def add(self, digest: Digest, size: int, manifest: Manifest | None = None) -> Future[None]:
         """Content is held from now on."""
@@ -250,24 +258,31 @@ class Catalog:
     def link(self, origin: Origin, digest: Digest) -> Future[None]:
         """It was proved that ``digest`` is in that repository. What anybody may have needs no other proof; what a secret of
         this cache opens, none of a client's."""
-        row = (str(digest), origin.upstream, origin.repository, origin.proof)
-        return self._submit(
-            lambda connection: connection.execute(
-                "INSERT INTO links VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET proof = excluded.proof "
-                "WHERE proof = 'client' OR excluded.proof = 'anonymous'",
-                row,
-            )
-        )
-
-    def withdraw(self, upstream: str, repository: Repository, proof: Proof) -> Future[None]:
-        """What was given from that repository by that proof is not given any more."""
 
         def write(connection: sqlite3.Connection) -> None:
-            for table in ("links", "referrers"):
+            if not self.is_void(origin):
                 connection.execute(
-                    f"DELETE FROM {table} WHERE upstream = ? AND repository = ? AND proof = ?",  # noqa: S608 - our own names
-                    (upstream, repository, proof),
+                    "INSERT INTO links VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET proof = excluded.proof "
+                    "WHERE proof = 'client' OR excluded.proof = 'anonymous'",
+                    (str(digest), origin.upstream, origin.repository, origin.proof),
                 )
+
+        return self._submit(write)
+
+    def withdraw(self, upstream: str, repository: Repository, proof: Proof) -> Future[list[Digest]]:
+        """What was given from that repository by that proof is not given any more, nor what a right of before is still to
+        bring. The result: what was linked by it."""
+        row = (upstream, repository, proof)
+        with self._withdrawing:
+            self.withdrawals += 1
+            self._withdrawn[row] = self.withdrawals
+
+        def write(connection: sqlite3.Connection) -> list[Digest]:
+            matches = "WHERE upstream = ? AND repository = ? AND proof = ?"
+            linked = connection.execute(f"SELECT digest FROM links {matches}", row).fetchall()  # noqa: S608 - our own words
+            for table in ("links", "referrers"):
+                connection.execute(f"DELETE FROM {table} {matches}", row)  # noqa: S608 - our own words
+            return [parse_digest(digest) for (digest,) in linked]
 
         return self._submit(write)
 
@@ -317,6 +332,8 @@ class Catalog:
         lowest row numbers, since clocks go back."""
 
         def write(connection: sqlite3.Connection) -> None:
+            if self.is_void(origin):
+                return
             row = (origin.upstream, origin.repository, str(subject), body, checked, origin.proof)
             connection.execute("INSERT OR REPLACE INTO referrers VALUES (?, ?, ?, ?, ?, ?)", row)
             connection.execute(
@@ -331,8 +348,8 @@ class Catalog:
         connection.execute("PRAGMA synchronous = NORMAL")
         return connection
 
-    def _submit(self, write: Write) -> Future[None]:
-        future: Future[None] = Future()
+    def _submit(self, write: Write) -> Future[Any]:
+        future: Future[Any] = Future()
         self._queue.put((write, future))
         return future
 
@@ -350,11 +367,10 @@ class Catalog:
                 connection.close()
                 return
 
-    def _commit(self, connection: sqlite3.Connection, jobs: list[tuple[Write, Future[None]]]) -> bool:
+    def _commit(self, connection: sqlite3.Connection, jobs: list[tuple[Write, Future[Any]]]) -> bool:
         try:
             connection.execute("BEGIN IMMEDIATE")
-            for write, _ in jobs:
-                write(connection)
+            results = [write(connection) for write, _ in jobs]
             connection.execute("COMMIT")
         except Exception as error:  # also what is no text or no number for sqlite: the caller's to hear
             with contextlib.suppress(sqlite3.Error):
@@ -362,6 +378,6 @@ class Catalog:
             if len(jobs) == 1:
                 jobs[0][1].set_exception(error if isinstance(error, sqlite3.Error) else sqlite3.DataError(str(error)))
             return False
-        for _, future in jobs:
-            future.set_result(None)
+        for (_, future), result in zip(jobs, results, strict=True):
+            future.set_result(result)
         return True

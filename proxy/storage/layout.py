@@ -3,7 +3,7 @@
     DIRECTORY/
       oci-layout, index.json         so that other tools read it (OCI image spec, image-layout.md)
       blobs/<algorithm>/<hex>        content; whatever stands here was complete, hashed and synced first
-      meta/<algorithm>/<hex>.json    beside each stored manifest: what the catalog can be rebuilt from
+      meta/<algorithm>/<hex>.json    beside each manifest and private blob: what the catalog can be rebuilt from
       ingest/                        spools and other files in the making; emptied at every start
       quarantine/                    what stood under blobs/ and was not what its name says
       cache.db                       the catalog
@@ -216,11 +216,11 @@ class Layout:
                     yield digest, entry.stat(follow_symlinks=False).st_size
 
     def write_meta(self, digest: Digest, document: dict[str, Any]) -> None:
-        """Replaces what is written beside a manifest; raises ``OSError``."""
+        """Replaces what is written beside content, for good; raises ``OSError``."""
         self._write(f"{digest.hex}.json", self._meta[digest.algorithm], document)
 
     def read_meta(self, digest: Digest) -> dict[str, Any] | None:
-        """What is written beside a manifest, or None if nothing readable is."""
+        """What is written beside content, or None if nothing readable is."""
         return _read_json(f"{digest.hex}.json", self._meta[digest.algorithm])
 
     def set_aside(self, name: str) -> None:
@@ -266,6 +266,7 @@ class Layout:
             os.fsync(spool.descriptor)
             os.rename(spool.name, name, src_dir_fd=self.ingest, dst_dir_fd=folder)
             spool.named = False
+            os.fsync(folder)
         finally:
             spool.close()
 

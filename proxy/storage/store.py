@@ -2,7 +2,9 @@
 
 Content is *held* once its file is complete, hashed, synced, on its final name, and in the catalog, in that order. A
 crash between these steps leaves either a spool, which the next start removes, or a file without a record, which the
-next start enters. Files are the truth; the catalog is found again from them.
+next start enters. Whose it is comes before all that: its link is in the catalog, and beside it what the link is found
+again from (*notes*; public blobs have none), before its file has its final name. Files are the truth; the catalog is
+found again from them.
 """
 
 from __future__ import annotations
@@ -12,12 +14,11 @@ import hashlib
 import logging
 import os
 import sqlite3
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
-
-from cachetools import LRUCache
 
 from proxy.credentials.credential import Proof
 from proxy.errors import CacheFailing, RegistryError
@@ -43,8 +44,7 @@ class Store:
         self._layout = layout
         self._catalog = catalog
         self._metrics = metrics
-        self.withdrawals = 0
-        self._withdrawn: LRUCache[tuple[str, Repository, Proof], int] = LRUCache(65536)
+        self._notes = threading.Lock()
 
     @classmethod
     def open(cls, directory: Path, metrics: Metrics) -> Store:
@@ -67,6 +67,11 @@ class Store:
         """Commits what is pending and gives the directory up."""
         self._catalog.close()
         self._layout.close()
+
+    @property
+    def withdrawals(self) -> int:
+        """How many withdrawals there were since the start."""
+        return self._catalog.withdrawals
 
     # -- reading: inline, microseconds -------------------------------------------------------------------------------
 
@@ -130,8 +135,8 @@ class Store:
         return bool(self._read(lambda: self._catalog.is_named(upstream, repository, digest, public=public)))
 
     def is_others(self, upstream: str, digest: Digest) -> bool:
-        """Whether ``digest`` is private content of other upstreams, and was never given by this one: then its word that it
-        has it proves nothing, the bytes alone do."""
+        """Whether ``digest`` is private content that this upstream never gave, or whose links are all gone: then its word
+        that it has it proves nothing, the bytes alone do."""
         return bool(self._read(lambda: self._catalog.is_others(upstream, digest)))
 
     def is_public(self, digest: Digest) -> bool:
@@ -164,16 +169,8 @@ class Store:
 
     def adopt(self, spool: SpoolFile, digest: Digest, size: int, origin: Origin) -> None:
         """Holds a finished, verified download from now on; raises ``OSError`` when it cannot."""
-        spool.adopt(digest)
-        is_void = self._is_void(origin)
-        pending = [] if is_void else [self._catalog.link(origin, digest)]
-        pending.append(self._catalog.add(digest, size))
         try:
-            for future in pending:
-                future.result()
-            if is_void or origin.proof != "anonymous":  # so that it is known to be private when the catalog is lost
-                entry = self._catalog.blob(digest)
-                self._write_meta(digest, entry[1] if entry else None)
+            self._hold(spool, origin, digest, size)
         except sqlite3.Error as error:
             raise OSError(errno.EIO, f"the catalog was not written: {error}") from error
 
@@ -186,14 +183,9 @@ class Store:
         try:
             try:
                 spool.write(body)
-                spool.adopt(digest)
+                self._hold(spool, origin, digest, len(body), manifest)
             finally:
                 spool.close()
-            added = self._catalog.add(digest, len(body), manifest)
-            if not self._is_void(origin):
-                self._catalog.link(origin, digest).result()
-            added.result()
-            self._write_meta(digest, manifest.media_type)
             return True
         except (OSError, sqlite3.Error) as error:
             log.warning("%s was not saved: %s", digest, error)
@@ -214,39 +206,52 @@ class Store:
 
     def link(self, origin: Origin, digest: Digest) -> None:
         """Remembers that the upstream has ``digest`` in that repository."""
-        if not self._is_void(origin) and self._wait(self._catalog.link(origin, digest)):
-            self._write_notes({digest})
+        if self._wait(self._catalog.link(origin, digest)):
+            self._write_notes({digest}, always=origin.proof != "anonymous")
 
     def withdraw(self, upstream: str, repository: Repository, proof: Proof) -> None:
         """Forgets that anything was given from that repository by that proof; the content stays, for who may read it."""
-        self.withdrawals += 1
-        self._withdrawn[upstream, repository, proof] = self.withdrawals
-        linked = self._read(lambda: self._catalog.linked(upstream, repository, proof)) or []
-        if self.was_given(upstream, repository, proof) and self._wait(self._catalog.withdraw(upstream, repository, proof)):
+        try:
+            linked = self._catalog.withdraw(upstream, repository, proof).result()
+        except sqlite3.Error as error:
+            log.warning("the catalog was not written: %s", error)
+            return
+        if linked:
             log.warning(
                 "%s of %s is not given any more (%s): %d links are withdrawn", repository, upstream, proof, len(linked)
             )
-            self._write_notes(set(linked))
+            self._write_notes(set(linked), always=True)  # what is public once more has them too: they say so
 
     def put_referrers(self, origin: Origin, subject: Digest, body: bytes, checked: float) -> None:
         """Remembers what the upstream says that refers to a manifest; a list that is very long is not kept."""
-        if len(body) <= _MAX_LIST and self._layout.has_room() and not self._is_void(origin):
+        if len(body) <= _MAX_LIST and self._layout.has_room():
             self._wait(self._catalog.set_referrers(origin, subject, body, checked))
 
+    def _hold(self, spool: SpoolFile, origin: Origin, digest: Digest, size: int, manifest: Manifest | None = None) -> None:
+        """Holds what is in ``spool``; raises ``OSError``, ``sqlite3.Error``. First it is somebody's, then it is there: held
+        and nobody's yet it would be anybody's for a moment, and after a crash in it."""
+        self._catalog.link(origin, digest).result()
+        is_private = self._is_void(origin) or origin.proof != "anonymous"
+        if is_private or manifest is not None or self._layout.read_meta(digest) is not None:
+            self._write_meta(digest, manifest.media_type if manifest else None)
+        spool.adopt(digest)
+        self._catalog.add(digest, size, manifest).result()
+
     def _is_void(self, origin: Origin) -> bool:
-        """Whether the right by which something was got has been withdrawn since: then it proves nothing."""
-        return self._withdrawn.get((origin.upstream, origin.repository, origin.proof), 0) > origin.since
+        return self._catalog.is_void(origin)
 
     def _tag_rows(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> list[Digest]:
         return self._read(lambda: self._catalog.tagged_digests(upstream, repository, tag, accept)) or []
 
-    def _write_notes(self, digests: set[Digest]) -> None:
-        """Renews what is written beside manifests and private blobs, after the catalog has changed."""
+    def _write_notes(self, digests: set[Digest], *, always: bool = False) -> None:
+        """Renews what is written beside content, after the catalog has changed. ``always``: also beside what has no notes
+        and is not held yet, so that it is known to be private."""
         for digest in digests:
             try:
                 entry = self._catalog.blob(digest)
-                if entry is not None and (entry[1] is not None or self._layout.read_meta(digest) is not None):
-                    self._write_meta(digest, entry[1])
+                is_noted = entry is not None and (entry[1] is not None or self._layout.read_meta(digest) is not None)
+                if always or is_noted:
+                    self._write_meta(digest)
             except (OSError, sqlite3.Error) as error:
                 log.warning("what is known of %s is in the catalog only: %s", digest, error)
 
@@ -265,22 +270,25 @@ class Store:
             log.exception("the catalog cannot be read")
             return None
 
-    def _write_meta(self, digest: Digest, media_type: str | None) -> None:
-        """Renews what is written beside content; of blobs (without a media type) beside private ones only."""
-        links, tags = self._catalog.provenance(digest)
-        self._layout.write_meta(
-            digest,
-            {
-                "mediaType": media_type,
-                "links": [
-                    {"upstream": upstream, "repository": repository, "proof": proof} for upstream, repository, proof in links
-                ],
-                "tags": [
-                    {"upstream": upstream, "repository": repository, "tag": tag, "accept": accept, "checked": checked}
-                    for upstream, repository, tag, accept, checked in tags
-                ],
-            },
-        )
+    def _write_meta(self, digest: Digest, media_type: str | None = None) -> None:
+        """Renews what is written beside content; ``media_type``: of a manifest that the catalog does not know yet."""
+        with self._notes:  # what is read last is written last
+            entry = self._catalog.blob(digest)
+            links, tags = self._catalog.provenance(digest)
+            self._layout.write_meta(
+                digest,
+                {
+                    "mediaType": media_type or (entry[1] if entry else None),
+                    "links": [
+                        {"upstream": upstream, "repository": repository, "proof": proof}
+                        for upstream, repository, proof in links
+                    ],
+                    "tags": [
+                        {"upstream": upstream, "repository": repository, "tag": tag, "accept": accept, "checked": checked}
+                        for upstream, repository, tag, accept, checked in tags
+                    ],
+                },
+            )
 
     def _reconcile(self) -> None:
         """Makes the catalog say what the files are."""
@@ -302,8 +310,8 @@ class Store:
     def _recover(self, digest: Digest, size: int, tags: list[_TagNote]) -> list[Future[None]]:
         """Enters a file without a record, if it holds what its name says.
 
-        Without notes beside it nothing is known of who may read it: its first reader in each repository costs one
-        question upstream.
+        Without notes beside it nothing is known of who may read it: unless public manifests alone name it, its first
+        reader costs a download.
         """
         try:
             body = self._verified(digest, size)

@@ -16,7 +16,7 @@ from cachetools import TLRUCache, TTLCache
 from yarl import URL
 
 from proxy.credentials.credential import Credential
-from proxy.errors import CredentialRefused, RegistryError, UpstreamBroken
+from proxy.errors import CredentialRefused, Denied, RegistryError, UpstreamBroken
 from proxy.names import Repository
 from proxy.once import Once
 from proxy.upstream.challenge import Basic, Bearer
@@ -167,10 +167,13 @@ class Tokens:
         self._failures.expire()
 
     def renounce(self, repository: Repository, credential: Credential | None) -> None:
-        """Forgets the tokens for a repository that a credential, or anybody, was given."""
+        """Forgets the tokens for a repository that a credential, or anybody, was given, and that one was refused."""
         scope = f"repository:{repository}:pull"
         for key in [key for key in list(self._tokens) if key[2][0] == scope and key[3] == credential]:
             self._tokens.pop(key, None)
+        for key, failure in list(self._failures.items()):
+            if key[2][0] == scope and key[3] == credential and isinstance(failure, Denied):
+                self._failures.pop(key, None)
 
     def forget(self, credential: Credential) -> None:
         """Forgets what was given to a credential, and what was refused it."""

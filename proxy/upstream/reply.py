@@ -24,6 +24,7 @@ from proxy.errors import (
     TooManyRequests,
     UpstreamBroken,
     UpstreamFailing,
+    UpstreamIntercepted,
     UpstreamRefused,
     UpstreamUnavailable,
 )
@@ -202,7 +203,7 @@ class Reply:
                 headers={"Retry-After": after} if _RETRY_AFTER.fullmatch(after) else {},
             )
         if status in (401, 403):
-            raise UpstreamBroken(f"{text}, which is no registry's refusal; is a firewall or a login page in between?")
+            raise UpstreamIntercepted(f"{text}, which is no registry's refusal; is a firewall or a login page in between?")
         raise UpstreamRefused(text) if 400 <= status < 500 else UpstreamBroken(text)
 
     async def _said(self) -> _Said:

@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ LAYER, OLD, NEW, OTHER = (digest_of(name) for name in (b"layer", b"old", b"new",
 MANIFEST = Manifest(OCI_MANIFEST, (Descriptor(LAYER, 5),))
 ELSEWHERE = Repository("team/other")
 PUBLIC, OURS, THEIRS = (Origin(UP, REPO, proof) for proof in ("anonymous", "secret", "client"))
+ANOTHERS = Origin("other.test", REPO, "client")
 PATIENCE = 3.0
 
 
@@ -36,7 +38,7 @@ def catalog(path: Path) -> Iterator[Catalog]:
     opened.close()
 
 
-def done(*futures: Future[None]) -> None:
+def done(*futures: Future[Any]) -> None:
     for future in futures:
         future.result(PATIENCE)
 
@@ -136,10 +138,30 @@ def test_content_is_public_if_any_registry_gave_it_to_the_anonymous(catalog: Cat
     assert not catalog.is_linked(UP, ELSEWHERE, LAYER, public=False)
 
 
+@pytest.mark.parametrize(
+    ("is_held", "links", "expected"),
+    [
+        pytest.param(False, [], False, id="nothing is known of it"),
+        pytest.param(True, [], True, id="nobody's any more"),
+        pytest.param(True, [ANOTHERS], True, id="another's"),
+        pytest.param(False, [ANOTHERS], True, id="another's, and gone"),
+        pytest.param(True, [ANOTHERS, THEIRS], False, id="this one's too"),
+        pytest.param(True, [OURS], False, id="this one's"),
+        pytest.param(True, [Origin("other.test", REPO, "anonymous")], False, id="public"),
+        pytest.param(True, [ANOTHERS, Origin("third.test", REPO, "anonymous")], False, id="public somewhere"),
+    ],
+)
+def test_content_is_others_unless_it_is_public_or_this_upstream_gave_it(
+    catalog: Catalog, is_held: bool, links: list[Origin], expected: bool
+) -> None:
+    done(*(catalog.link(origin, LAYER) for origin in links), catalog.link(PUBLIC, OLD))
+    if is_held:
+        done(catalog.add(LAYER, 5))
+    assert catalog.is_others(UP, LAYER) is expected
+
+
 def test_what_was_given_is_known_by_proof_and_repository(catalog: Catalog) -> None:
     done(catalog.link(PUBLIC, OLD), catalog.link(PUBLIC, LAYER), catalog.link(OURS, NEW))
-    assert set(catalog.linked(UP, REPO, "anonymous")) == {OLD, LAYER}
-    assert catalog.linked(UP, REPO, "secret") == [NEW]
     assert catalog.was_given(UP, REPO, "anonymous")
     assert catalog.was_given(UP, REPO, "secret")
     assert not catalog.was_given(UP, REPO, "client")
@@ -162,6 +184,50 @@ def test_what_is_withdrawn_is_of_one_proof_of_one_repository(catalog: Catalog) -
         assert catalog.referrers(origin.upstream, origin.repository, LAYER, public=False) == Listed(b"x", 1.0)
 
 
+def test_a_withdrawal_tells_what_it_took_away(catalog: Catalog) -> None:
+    done(catalog.link(OURS, LAYER), catalog.link(OURS, OLD), catalog.link(THEIRS, NEW))
+    assert set(catalog.withdraw(UP, REPO, "secret").result(PATIENCE)) == {LAYER, OLD}
+    assert catalog.withdraw(UP, REPO, "secret").result(PATIENCE) == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_right_that_was_withdrawn_proves_nothing_whatever_is_queued_when(
+    catalog: Catalog, path: Path, fails: bool
+) -> None:
+    """Before it, and it is taken away; behind it, and it is not written; by a right that was proved later, and it is.
+    ``fails``: something in the same group does, so that all of it is done again."""
+    blocker = sqlite3.connect(path, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    queued: list[Future[None]] = [catalog.link(OURS, OLD), catalog.set_referrers(OURS, OLD, b"x", 1.0)]
+    withdrawal = catalog.withdraw(UP, REPO, "secret")
+    assert catalog.withdrawals == 1
+    queued += [catalog.link(OURS, NEW), catalog.set_referrers(OURS, NEW, b"x", 1.0), catalog.link(THEIRS, LAYER)]
+    later = Origin(UP, REPO, "secret", since=catalog.withdrawals)
+    queued.append(catalog.link(later, OTHER))
+    if fails:
+        catalog.add(OTHER, 2**63)
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    done(*queued)
+    # Whatever had its turn before the withdrawal was withdrawn is told, so that the notes of it are renewed.
+    told = withdrawal.result(PATIENCE)
+    assert set(told) <= {OLD}
+    assert [is_linked(catalog, digest) for digest in (OLD, NEW, LAYER, OTHER)] == [False, False, True, True]
+    assert [catalog.referrers(UP, REPO, digest, public=False) for digest in (OLD, NEW)] == [None, None]
+    assert (catalog.is_void(OURS), catalog.is_void(later), catalog.is_void(THEIRS)) == (True, False, False)
+
+
+def test_a_withdrawal_that_cannot_be_written_makes_void_all_the_same(catalog: Catalog) -> None:
+    connection = sqlite3.connect(catalog._path, isolation_level=None)
+    connection.execute("CREATE TRIGGER full BEFORE DELETE ON links BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
+    done(catalog.link(OURS, OLD))
+    with pytest.raises(sqlite3.Error):
+        catalog.withdraw(UP, REPO, "secret").result(PATIENCE)
+    connection.close()
+    done(catalog.link(OURS, NEW))
+    assert not is_linked(catalog, NEW)
+
+
 # --- content whose links are lost ---
 
 
@@ -172,7 +238,7 @@ def test_what_only_public_manifests_name_is_public_again(catalog: Catalog) -> No
     done(catalog.add(LAYER, 5), catalog.share([LAYER, OTHER]))
     assert catalog.is_linked(UP, REPO, LAYER, public=True)
     assert catalog.is_linked("other.test", ELSEWHERE, LAYER, public=True)
-    assert set(catalog.linked(UP, REPO, "anonymous")) == {OLD, LAYER}
+    assert not is_linked(catalog, NEW)
     assert not catalog.is_public(OTHER), "nothing names it"
 
 

@@ -28,6 +28,7 @@ EXPECTED = {
     "UpstreamFailing": ("UNKNOWN", 500),
     "UpstreamUnavailable": ("UNAVAILABLE", 503),
     "UpstreamBroken": ("UNKNOWN", 502),
+    "UpstreamIntercepted": ("UNKNOWN", 502),
     "UpstreamRefused": ("UNKNOWN", 502),
     "SecretRefused": ("DENIED", 403),
     "TooManyRequests": ("TOOMANYREQUESTS", 429),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +19,8 @@ from proxy.manifests import OCI_INDEX, OCI_MANIFEST, parse_manifest
 from proxy.metrics import Metrics
 from proxy.names import Digest, Repository, Tag, digest_of
 from proxy.storage.base import Origin
-from proxy.storage.catalog import SCHEMA_VERSION, CatalogTooNew
-from proxy.storage.layout import DirectoryUnusable
+from proxy.storage.catalog import SCHEMA_VERSION, Catalog, CatalogTooNew
+from proxy.storage.layout import DirectoryUnusable, SpoolFile
 from proxy.storage.store import Store
 
 UP, REPO, ACCEPT = "registry.test", Repository("team/app"), "modern"
@@ -300,7 +302,113 @@ def test_a_private_manifest_that_a_public_index_names_is_not_public_when_the_cat
         assert not store.is_public(MANIFEST_DIGEST)
 
 
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("proof", ["secret", "client"])
+@pytest.mark.parametrize("put", [put_blob, put_manifest])
+def test_after_a_crash_in_the_moment_in_which_it_has_its_name_content_is_whose_it_was(
+    path: Path, monkeypatch: pytest.MonkeyPatch, put: Callable[..., Digest], proof: Proof, lost: bool
+) -> None:
+    """A public image names it. ``lost``: the catalog is, too."""
+    crashed, adopt = path.parent / "crashed", SpoolFile.adopt
+    index = {"mediaType": OCI_INDEX, "schemaVersion": 2}
+    names = [{"mediaType": OCI_MANIFEST, "digest": str(MANIFEST_DIGEST), "size": len(MANIFEST)}]
+
+    def crash(spool: SpoolFile, digest: Digest) -> None:
+        adopt(spool, digest)
+        shutil.copytree(path, crashed)
+
+    with opened(path) as store:
+        elsewhere = Origin(UP, ELSEWHERE, "anonymous")
+        put_manifest(store, manifest_of("whose writer knows a digest"), elsewhere)
+        put_manifest(store, json.dumps(index | {"manifests": names}).encode(), elsewhere, OCI_INDEX)
+        monkeypatch.setattr(SpoolFile, "adopt", crash)
+        digest = put(store, origin=Origin(UP, REPO, proof))
+    if lost:
+        for file in crashed.glob("cache.db*"):
+            file.unlink()
+    with opened(crashed) as store:
+        assert store.has(digest)
+        assert not store.is_public(digest)
+        assert [may_read(store, digest, where, public=False) for where in (REPO, ELSEWHERE)] == [True, False]
+        assert store.manifest(digest) == ((MANIFEST, OCI_MANIFEST) if put is put_manifest else None)
+
+
+@pytest.mark.parametrize("put", [put_blob, put_manifest])
+def test_content_is_somebodys_before_it_is_held(
+    path: Path, monkeypatch: pytest.MonkeyPatch, put: Callable[..., Digest]
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+    add = Catalog.add
+
+    def look(catalog: Catalog, digest: Digest, *rest: Any) -> Any:
+        seen.append((catalog.is_linked(UP, REPO, digest, public=False), catalog.blob(digest) is not None))
+        return add(catalog, digest, *rest)
+
+    with opened(path) as store:
+        monkeypatch.setattr(Catalog, "add", look)
+        put(store, origin=Origin(UP, REPO, "client"))
+    assert seen == [(True, False)]
+
+
 # --- what is withdrawn ---
+
+
+@pytest.mark.parametrize("again", [None, "client", "secret"])
+def test_a_blob_that_became_private_is_not_public_when_the_catalog_is_lost(path: Path, again: Proof | None) -> None:
+    """``again``: it was then given to somebody, who was asked whether he may have it."""
+    with opened(path) as store:
+        put_blob(store)
+        assert not notes_of(path, LAYER_DIGEST).exists(), "what is public has none"
+        store.withdraw(UP, REPO, "anonymous")
+        put_manifest(store, manifest_of("whose writer knows a digest"), Origin(UP, ELSEWHERE, "anonymous"))
+        if again:
+            store.link(Origin(UP, REPO, again, since=store.withdrawals), LAYER_DIGEST)
+    (path / "cache.db").unlink()
+    with opened(path) as store:
+        assert store.has(LAYER_DIGEST)
+        assert not store.is_public(LAYER_DIGEST)
+        assert [may_read(store, LAYER_DIGEST, where, public=False) for where in (REPO, ELSEWHERE)] == [bool(again), False]
+
+
+def test_a_blob_of_which_nothing_was_known_is_private_once_it_is_linked_so(path: Path) -> None:
+    with opened(path):
+        pass
+    file_of(path, LAYER_DIGEST).write_bytes(LAYER)
+    with opened(path) as store:
+        assert store.is_others(UP, LAYER_DIGEST)
+        store.link(Origin(UP, REPO, "client"), LAYER_DIGEST)
+        put_manifest(store, origin=Origin(UP, ELSEWHERE, "anonymous"))
+    (path / "cache.db").unlink()
+    with opened(path) as store:
+        assert not store.is_public(LAYER_DIGEST)
+
+
+def test_a_blob_that_is_public_again_is_so_when_the_catalog_is_lost(path: Path) -> None:
+    with opened(path) as store:
+        put_blob(store)
+        store.withdraw(UP, REPO, "anonymous")
+        put_blob(store, origin=Origin(UP, REPO, "anonymous", since=store.withdrawals))
+    (path / "cache.db").unlink()
+    with opened(path) as store:
+        assert may_read(store, LAYER_DIGEST)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_was_got_by_a_right_that_is_withdrawn_is_nobodys(path: Path, lost: bool) -> None:
+    """The download was on its way."""
+    with opened(path) as store:
+        store.withdraw(UP, REPO, "anonymous")
+        put_blob(store)
+        store.link(PUBLIC, LAYER_DIGEST)
+        store.put_referrers(PUBLIC, MANIFEST_DIGEST, b"[]", 1.0)
+        put_manifest(store, manifest_of("whose writer knows a digest"), Origin(UP, ELSEWHERE, "anonymous"))
+    if lost:
+        (path / "cache.db").unlink()
+    with opened(path) as store:
+        assert body_of(store, LAYER_DIGEST) == LAYER
+        assert not store.was_given(UP, REPO, "anonymous")
+        assert not store.is_public(LAYER_DIGEST)
+        assert store.is_others(UP, LAYER_DIGEST)
 
 
 def test_a_blob_of_an_image_that_was_withdrawn_is_not_public_when_the_catalog_is_lost(path: Path) -> None:
