@@ -9,7 +9,7 @@ import secrets
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -310,7 +310,11 @@ def forms(text: str) -> set[bytes]:
 def found_on_disk(directory: Path, text: str) -> list[Path]:
     """The files that hold a secret in any form."""
     files = (path for path in directory.rglob("*") if path.is_file())
-    return [path for path in files if any(form in path.read_bytes() for form in forms(text))]
+    found = []
+    for path in files:
+        with suppress(FileNotFoundError):  # a spool that was renamed or removed meanwhile
+            found += [path] if any(form in path.read_bytes() for form in forms(text)) else []
+    return found
 
 
 # --- time ---
