@@ -24,7 +24,7 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +222,17 @@ class Layout:
     def read_meta(self, digest: Digest) -> dict[str, Any] | None:
         """What is written beside content, or None if nothing readable is."""
         return _read_json(f"{digest.hex}.json", self._meta[digest.algorithm])
+
+    def drop_notes(self, kept: Collection[Digest]) -> None:
+        """Removes what is written beside content that is not there, since a crash came before it; raises ``OSError``."""
+        for algorithm, folder in self._meta.items():
+            for name in os.listdir(folder):
+                try:
+                    digest = parse_digest(f"{algorithm}:{name.removesuffix('.json')}")
+                except RegistryError:
+                    continue
+                if name.endswith(".json") and digest not in kept:
+                    os.unlink(name, dir_fd=folder)
 
     def set_aside(self, name: str) -> None:
         """Moves a file of the directory itself (the catalog) into quarantine."""

@@ -296,13 +296,18 @@ class Store:
         pending: list[Future[None]] = []
         found: list[Digest] = []
         tags: list[_TagNote] = []
-        for digest, size in self._layout.contents():
+        contents = dict(self._layout.contents())
+        for digest, size in contents.items():
             if known.pop(digest, None) is None:
                 pending += self._recover(digest, size, tags)
                 if self._layout.read_meta(digest) is None:
                     found.append(digest)
         pending += [self._catalog.remove(digest) for digest in known]
         pending.append(self._catalog.share(found))
+        try:
+            self._layout.drop_notes(contents)
+        except OSError as error:
+            log.warning("notes beside content that is not there were not removed: %s", error)
         pending += [self._catalog.set_tag(*note) for note in sorted(tags, key=lambda note: note[-1])]
         for future in pending:
             self._wait(future)
