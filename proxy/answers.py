@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from proxy.credentials.credential import Asker
+from proxy.image_pull_policy import PullDecision
 from proxy.names import Digest, Repository
 from proxy.storage.base import Content, Origin
 
@@ -24,6 +25,7 @@ class Target:
     """What the cache knows the upstream by."""
     repository: Repository
     asker: Asker
+    pull_policy: PullDecision
     since: int = 0
     """How many withdrawals there had been when the right was proved."""
 

@@ -31,6 +31,7 @@ from proxy.edge import Edge, Route
 from proxy.explain import Explain
 from proxy.fetch import Fetcher
 from proxy.handlers import Handlers
+from proxy.image_pull_policy import PullPolicies
 from proxy.listener import Listener
 from proxy.metrics import Metrics
 from proxy.policy import Routes
@@ -126,10 +127,12 @@ async def build(config: Config) -> AsyncIterator[Cache]:
         handles = Handles(timer, _HANDLE_LIFE)
         gate = _gate_of(config, handles, stack, watch, threads)
         stack.push_async_callback(gate.close)
+        policies = PullPolicies(config)
         handlers = Handlers(
             upstreams,
             gate,
             Rules(config.rules),
+            policies,
             access,
             store,
             Pull(upstreams, store, fetcher, threads, metrics),
@@ -144,7 +147,7 @@ async def build(config: Config) -> AsyncIterator[Cache]:
             stack.push_async_callback(_end, asyncio.create_task(task))
         tls = _tls_of("listener", config.listener, watch, threads)
         admin_tls = _tls_of("adminListener", config.admin_listener, watch, threads)
-        explain = Explain(handlers.routes, upstreams, handlers.rules, pull_secrets)
+        explain = Explain(handlers.routes, upstreams, handlers.rules, policies, pull_secrets)
 
         def reload() -> None:
             pull_secrets.renew()

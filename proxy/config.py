@@ -22,6 +22,7 @@ from proxy.values import (
     Duration,
     Endpoint,
     ExternalURL,
+    Glob,
     Listener,
     LocalPath,
     Network,
@@ -65,7 +66,7 @@ class AccessConfig(_Section):
     stale_for: Period = Field(  # type: ignore[assignment]
         default="24h", description="how much longer it holds while the registry cannot be asked"
     )
-    repositories: list[str] = Field(default_factory=list, description="shared: these alone, as globs; others are public")
+    repositories: list[Glob] = Field(default_factory=list, description="shared: these alone, as globs; others are public")
     i_understand_this_is_shared: bool = False
 
     @model_validator(mode="before")
@@ -193,7 +194,9 @@ class PullSecretSource(_Section):
     registry: str | None = Field(default=None, min_length=1)
     username: str | None = None
     password_file: LocalPath | None = None
-    repositories: list[str] = Field(default_factory=list, description="used for these alone: globs over registry/repository")
+    repositories: list[Glob] = Field(
+        default_factory=list, description="used for these alone: globs over registry/repository"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -222,7 +225,7 @@ class ListenerConfig(_Section):
     tls_terminated_in_front: bool = False
     htpasswd_file: LocalPath | None = None
     realm: str = Field(default="pullcache", pattern=r"^[ !#-\[\]-~]{1,128}$")
-    users: dict[str, list[str]] = Field(
+    users: dict[str, list[Glob]] = Field(
         default_factory=dict, description="what each may read: globs over registry/repository"
     )
 
@@ -262,9 +265,32 @@ class RuleConfig(_Section):
     """A rule on what may be pulled at all; the first that matches decides, and what none matches is allowed."""
 
     name: str = Field(min_length=1, max_length=128)
-    match: str = Field(min_length=1, description="a glob over registry/repository; * matches / too")
+    match: Glob = Field(description="a glob over registry/repository; * matches / too")
     action: Literal["allow", "deny"]
     dry_run: bool = False
+
+
+PullPolicy = Literal["Always", "IfNotPresent", "Never"]
+
+
+class ImagePullPolicyRule(_Section):
+    """The policy of what ``match`` matches; the first that matches decides."""
+
+    match: Glob = Field(description="a glob over registry/repository:tag; * matches / too")
+    policy: PullPolicy
+    max_age: Period | None = Field(default=None, description="IfNotPresent: a tag held for longer is asked for again")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_age is not None and self.policy != "IfNotPresent":
+            raise ValueError("maxAge belongs to policy: IfNotPresent")
+        return self
+
+
+class ImagePullPolicyConfig(_Section):
+    """When a registry is asked about what is held, where that is not to be derived from the tag."""
+
+    rules: list[ImagePullPolicyRule] = Field(default_factory=list)
 
 
 class LogConfig(_Section):
@@ -291,6 +317,9 @@ class Config(_Section):
     image_credential_provider: CredentialProviderConfig | None = None
     reread_files_every: Duration = Field(default="5s", description="how often secrets and certificates are looked at")  # type: ignore[assignment]
     rules: list[RuleConfig] = Field(default_factory=list)
+    image_pull_policy: ImagePullPolicyConfig = ImagePullPolicyConfig()
+    always_pull_images: bool = Field(default=False, description="every tag is Always, whatever the rules say")
+    offline: bool = Field(default=False, description="everything is Never: no registry is asked")
     log: LogConfig = LogConfig()
 
     @property

@@ -135,6 +135,10 @@ def dangers(config: Config) -> list[str]:
                 "and it is open; give listener.htpasswdFile or clientCAFile, list access.repositories, or say "
                 "access.iUnderstandThisIsShared: true"
             )
+    if config.offline and config.always_pull_images:
+        faults.append(
+            "offline: excludes alwaysPullImages: the one asks no registry, the other asks for every tag; keep one of them"
+        )
     if not config.admin.is_loopback and not (config.admin_listener.token_file or config.admin_listener.client_ca_file):
         faults.append(
             f"admin: {config.admin} is not on loopback; give adminListener.tokenFile or adminListener.clientCAFile, or an "

@@ -15,7 +15,8 @@ from urllib.parse import quote
 
 from proxy.answers import Answer, Decision, Target
 from proxy.credentials.credential import Identity
-from proxy.errors import ManifestUnknown, UpstreamBroken, UpstreamFailing, UpstreamUnavailable
+from proxy.errors import ManifestUnknown, NameUnknown, UpstreamBroken, UpstreamFailing, UpstreamUnavailable
+from proxy.image_pull_policy import never_pulled
 from proxy.listings import (
     ListInvalid,
     ListQuery,
@@ -74,6 +75,8 @@ class Discovery:
 
     async def tags(self, target: Target, named: Named, query: ListQuery) -> Answer:
         """A page of a repository's tags (end-8); raises ``RegistryError``."""
+        if not target.pull_policy.asks:
+            raise NameUnknown(never_pulled(f"the list of tags of {target.upstream}/{target.repository}", target.pull_policy))
         upstream = self._upstreams[target.upstream]
         wanted = query.limited(1) if query.n == 0 else query  # whether there is such a repository is still to be asked
 
@@ -104,8 +107,10 @@ class Discovery:
         key = (target.upstream, target.repository, subject, target.asker.identity)
         known = await self._kept(target, subject)
         age = time.time() - known.checked if known else 0.0
-        if known is not None and 0 <= age < _FRESH:
+        if known is not None and (0 <= age < _FRESH or not target.pull_policy.asks):
             return known.body, "hit", None
+        if not target.pull_policy.asks:
+            raise ManifestUnknown(never_pulled(f"what refers to {subject}", target.pull_policy))
         try:
             return await self._referrers.run(key, lambda: self._ask_referrers(target, subject)), "miss", None
         except UpstreamFailing as failure:

@@ -9,6 +9,7 @@ from proxy.access.proofs import mode_of
 from proxy.credentials.credential import Credential
 from proxy.credentials.secrets import PullSecrets
 from proxy.errors import RegistryError
+from proxy.image_pull_policy import PullPolicies
 from proxy.names import parse_image_name
 from proxy.policy import Routes
 from proxy.rules import Rules
@@ -18,10 +19,18 @@ from proxy.upstream.client import Upstream
 class Explain:
     """Answers for one running cache."""
 
-    def __init__(self, routes: Routes, upstreams: Mapping[str, Upstream], rules: Rules, pull_secrets: PullSecrets) -> None:
+    def __init__(
+        self,
+        routes: Routes,
+        upstreams: Mapping[str, Upstream],
+        rules: Rules,
+        policies: PullPolicies,
+        pull_secrets: PullSecrets,
+    ) -> None:
         self._routes = routes
         self._upstreams = upstreams
         self._rules = rules
+        self._policies = policies
         self._pull_secrets = pull_secrets
 
     async def __call__(self, text: str) -> dict[str, Any]:
@@ -36,6 +45,7 @@ class Explain:
         upstream = self._upstreams[image.host]
         name = f"{image.host}/{image.repository}"
         verdict = self._rules.decide(name)
+        policy = self._policies.decide(name, image.reference)
         found = await self._pull_secrets.lookup(name)
         return {
             "image": str(image),
@@ -44,6 +54,7 @@ class Explain:
             "allowed": verdict.allowed,
             "rule": verdict.rule,
             "dryRunDenied": verdict.dry_run_denied,
+            "imagePullPolicy": {"policy": policy.policy, "why": policy.why, "maxAge": policy.max_age},
             "credentials": [_described(upstream, credential) for credential in found.credentials],
             "credentialFailure": found.failure,
         }

@@ -20,6 +20,7 @@ from proxy.answers import Answer, Target
 from proxy.credentials.credential import Asker, Identity
 from proxy.discovery import Discovery, Named
 from proxy.errors import Denied, LoopDetected, NameUnknown, RequestTooLarge, Unauthorized, UpstreamFailing
+from proxy.image_pull_policy import PullDecision, PullPolicies, never_pulled
 from proxy.listings import parse_query
 from proxy.logs import printable
 from proxy.metrics import Metrics
@@ -70,6 +71,11 @@ class Asked:
     name: str
     via: str
 
+    @property
+    def image(self) -> str:
+        """``registry/repository``, which globs are about."""
+        return f"{self.upstream.name}/{self.repository}"
+
 
 @dataclass(frozen=True, slots=True)
 class Handlers:
@@ -78,6 +84,7 @@ class Handlers:
     upstreams: Mapping[str, Upstream]
     gate: Gate
     rules: Rules
+    policies: PullPolicies
     access: Access
     store: Store
     pull: Pull
@@ -98,18 +105,20 @@ class Handlers:
         accept = classify_accept(request.headers.getall("Accept", []))
         ask = self.pull.manifest_head if request.method == "HEAD" else self.pull.manifest
         probe = probes.of_manifest(asked.upstream, asked.repository, reference)
-        return await self._answer(request, asked, probe, lambda target: ask(target, reference, accept))
+        policy = self.policies.decide(asked.image, reference)
+        return await self._answer(request, asked, policy, probe, lambda target: ask(target, reference, accept))
 
     async def blob(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """end-2: a blob."""
         asked = self._asked(request, path["name"])
         digest = parse_digest(path["digest"])
         probe = probes.of_blob(asked.upstream, asked.repository, digest, self.store)
+        policy = self.policies.decide(asked.image, digest)
         if request.method == "HEAD":
-            return await self._answer(request, asked, probe, lambda target: self.pull.blob_head(target, digest))
+            return await self._answer(request, asked, policy, probe, lambda target: self.pull.blob_head(target, digest))
         part = range_of(request, digest)
         start = (part.first or 0) if part else 0
-        return await self._answer(request, asked, probe, lambda target: self.pull.blob(target, digest, start))
+        return await self._answer(request, asked, policy, probe, lambda target: self.pull.blob(target, digest, start))
 
     async def tags(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """end-8: a page of a repository's tags."""
@@ -117,7 +126,8 @@ class Handlers:
         query = parse_query(request.rel_url.raw_query_string)
         named = Named(path["name"], request.rel_url.query.get("ns"))
         probe = probes.of_list(asked.upstream, asked.repository)
-        return await self._answer(request, asked, probe, lambda target: self.discovery.tags(target, named, query))
+        policy = self.policies.of_lists()
+        return await self._answer(request, asked, policy, probe, lambda target: self.discovery.tags(target, named, query))
 
     async def referrers(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """end-12: what refers to a manifest."""
@@ -126,7 +136,11 @@ class Handlers:
         artifact_type = request.rel_url.query.get("artifactType")
         probe = probes.of_list(asked.upstream, asked.repository)
         return await self._answer(
-            request, asked, probe, lambda target: self.discovery.referrers(target, subject, artifact_type)
+            request,
+            asked,
+            self.policies.of_lists(),
+            probe,
+            lambda target: self.discovery.referrers(target, subject, artifact_type),
         )
 
     async def token(self, request: web.BaseRequest, _: Match[str]) -> web.StreamResponse:
@@ -166,30 +180,42 @@ class Handlers:
         return Asked(self.upstreams[routed.upstream], routed.repository, name, printable(via, _MAX_VIA))
 
     async def _answer(
-        self, request: web.BaseRequest, asked: Asked, probe: Probe, ask: Callable[[Target], Awaitable[Answer]]
+        self,
+        request: web.BaseRequest,
+        asked: Asked,
+        policy: PullDecision,
+        probe: Probe,
+        ask: Callable[[Target], Awaitable[Answer]],
     ) -> web.StreamResponse:
         """Access first, then content. A refusal of the registry ends what its yes had allowed."""
         caller = request[CALLER]
         try:
             try:
-                identity, answer = await self._read(asked, caller, probe, ask)
+                identity, answer = await self._read(asked, caller, policy, probe, ask)
             except Withdrawn:  # whoever has a right of his own does not suffer for it that others have none any more
-                identity, answer = await self._read(asked, caller, probe, ask)
+                identity, answer = await self._read(asked, caller, policy, probe, ask)
         except Unauthorized as error:
             raise self.gate.unauthorized(error.message, scope=f"repository:{asked.name}:pull") from None
         is_private = identity.proof != "anonymous" or caller.user is not None
         return await self._send(request, replace(answer, is_private=is_private))
 
     async def _read(
-        self, asked: Asked, caller: Caller, probe: Probe, ask: Callable[[Target], Awaitable[Answer]]
+        self,
+        asked: Asked,
+        caller: Caller,
+        policy: PullDecision,
+        probe: Probe,
+        ask: Callable[[Target], Awaitable[Answer]],
     ) -> tuple[Identity, Answer]:
         """In whose name, and what; raises ``Withdrawn`` where that has just lost its right, and another may have one."""
         since = self.store.withdrawals
+        if not policy.asks:
+            probe = probes.of_nothing(never_pulled(asked.image, policy))
         identity = await self.access.identity(asked.upstream, asked.repository, caller, probe)
 
         def target(identity: Identity) -> Target:
             asker = Asker(identity, asked.via)
-            return Target(asked.upstream.name, asked.upstream.key, asked.repository, asker, since)
+            return Target(asked.upstream.name, asked.upstream.key, asked.repository, asker, policy, since)
 
         try:
             return identity, await ask(target(identity))

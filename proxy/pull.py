@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 
 from proxy.answers import Answer, Decision, Target
 from proxy.credentials.credential import Identity
-from proxy.errors import Denied, ManifestUnknown, RegistryError, UpstreamBroken, UpstreamFailing
+from proxy.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, UpstreamBroken, UpstreamFailing
 from proxy.fetch import VERIFIED_FIRST, Fetcher, Mismatch, Stream
+from proxy.image_pull_policy import never_pulled
 from proxy.manifests import Manifest, ManifestInvalid, parse_manifest
 from proxy.metrics import Metrics
 from proxy.names import Digest, Reference, Repository, Tag, digest_of
@@ -72,6 +73,12 @@ class Pull:
         self._gets: Once[tuple[str, Repository, Reference, str, Identity], _Held] = Once(_JOIN_WITHIN)
         self._proofs: Once[tuple[str, Repository, Digest, Identity], None] = Once()
 
+    def _upstream_of(self, target: Target, what: Reference, unknown: type[RegistryError] = ManifestUnknown) -> Upstream:
+        """Whom to ask; raises ``unknown`` where nobody may be asked."""
+        if not target.pull_policy.asks:
+            raise unknown(never_pulled(f"{what} of {target.upstream}/{target.repository}", target.pull_policy))
+        return self._upstreams[target.upstream]
+
     # -- manifests ---------------------------------------------------------------------------------------------------
 
     async def manifest(self, target: Target, reference: Reference, accept: Accept) -> Answer:
@@ -84,6 +91,8 @@ class Pull:
         held = self._manifest(known.digest) if known else None
         if known is None or held is None:
             return (await self._get(target, reference, accept)).answer("miss", changes=True)
+        if self._is_served_unasked(target, known):
+            return held.answer("hit", changes=True)
         try:
             head = await self._ask_tag(target, reference, accept)
             if head.digest == held.digest and self._is_linked(target, held.digest):
@@ -102,7 +111,7 @@ class Pull:
         if isinstance(reference, Digest):
             if (held := await self._held_manifest(target, reference)) is not None:
                 return held.answer("hit", changes=False)
-            upstream = self._upstreams[target.upstream]
+            upstream = self._upstream_of(target, reference)
 
             def verify(told: Digest | None) -> None:
                 if told is not None and told.algorithm == reference.algorithm and told != reference:
@@ -114,6 +123,8 @@ class Pull:
             return Answer(reference, head.size, head.media_type, "head", None)
         known = self._store.tagged(target.key, target.repository, reference, accept.key)
         held = self._manifest(known.digest) if known else None
+        if known is not None and held is not None and self._is_served_unasked(target, known):
+            return held.answer("hit", changes=True)
         try:
             pointed = await self._ask_tag(target, reference, accept)
         except UpstreamFailing as failure:
@@ -124,6 +135,9 @@ class Pull:
             return held.answer("revalidated", changes=True)
         return Answer(pointed.digest, pointed.size, pointed.media_type, "head", None, changes=True)
 
+    def _is_served_unasked(self, target: Target, known: Tagged) -> bool:
+        return target.pull_policy.serves_held(time.time() - known.checked) and self._is_linked(target, known.digest)
+
     def _manifest(self, digest: Digest) -> _Held | None:
         found = self._store.manifest(digest)
         return _Held(digest, *found) if found else None
@@ -133,7 +147,7 @@ class Pull:
         held = self._manifest(digest)
         if held is not None and not self._is_linked(target, digest):
             media_type = held.media_type  # "*/*" would not do: docker-registry 2.8 then knows no OCI image
-            upstream = self._upstreams[target.upstream]
+            upstream = self._upstream_of(target, digest)
 
             async def verify(answer: ManifestBody) -> None:
                 if not digest.matches(answer.body):
@@ -150,7 +164,7 @@ class Pull:
 
     async def _ask_tag(self, target: Target, tag: Tag, accept: Accept) -> _Pointed:
         """Where the upstream says that the tag points. One HEAD for all who wait."""
-        upstream = self._upstreams[target.upstream]
+        upstream = self._upstream_of(target, tag)
 
         async def ask() -> _Pointed:
             try:
@@ -170,7 +184,7 @@ class Pull:
 
     async def _get(self, target: Target, reference: Reference, accept: Accept) -> _Held:
         """One GET for all who wait: verified, saved with its link, and the tag remembered."""
-        upstream = self._upstreams[target.upstream]
+        upstream = self._upstream_of(target, reference)
 
         async def verify(answer: ManifestBody) -> tuple[Digest, bytes, Manifest]:
             try:
@@ -232,7 +246,7 @@ class Pull:
         if is_proved and (stored := self._store.open_blob(digest)) is not None:
             return Answer(digest, stored.size, BLOB_TYPE, "hit", stored)
         own = own or not is_proved
-        upstream = self._upstreams[target.upstream]
+        upstream = self._upstream_of(target, digest, BlobUnknown)
 
         async def source(offset: int, attempt: int) -> Stream:
             return await upstream.open_blob(target.repository, digest, offset, attempt, target.asker)
@@ -273,7 +287,7 @@ class Pull:
         size = self._store.size_of(target.key, target.repository, digest)
         if is_proved and size is not None and self._is_named(target, digest):
             return Answer(digest, size, BLOB_TYPE, "hit", None)
-        size = await self._upstreams[target.upstream].head_blob(target.repository, digest, target.asker)
+        size = await self._upstream_of(target, digest, BlobUnknown).head_blob(target.repository, digest, target.asker)
         return Answer(digest, size, BLOB_TYPE, "head", None)
 
     async def _may_read(self, target: Target, digest: Digest) -> bool:
@@ -296,7 +310,7 @@ class Pull:
             return True
         if not is_public and (in_flight.upstream != target.key if in_flight else self._store.is_others(target.key, digest)):
             return False
-        upstream = self._upstreams[target.upstream]
+        upstream = self._upstream_of(target, digest, BlobUnknown)
 
         def verify(told: int | None) -> None:
             held = self._store.held_size(digest)

@@ -155,6 +155,13 @@ def parse_network(value: object) -> object:
         raise ValueError(f"not a network; write for example 10.0.0.0/8 ({error})") from error
 
 
+def _glob(value: str) -> str:
+    rest = re.sub(r"\[!?\]?[^\]]*\]", "", value)  # as fnmatch reads a set: a ']' that is first in it is one of its own
+    if not value or not value.isprintable() or "[" in rest:
+        raise ValueError("not a glob; write for example docker.io/library/*, with a ']' for each '['")
+    return value
+
+
 def _external_url(value: str) -> str:
     try:
         value = _endpoint(value)
@@ -167,6 +174,7 @@ def _external_url(value: str) -> str:
 
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, le=3600)]
 Period = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, le=30 * 24 * 3600)]
+Glob = Annotated[str, AfterValidator(_glob)]
 ExternalURL = Annotated[str, AfterValidator(_external_url)]
 Quantity = Annotated[int, BeforeValidator(parse_quantity)]
 TokenHost = Annotated[str, AfterValidator(_token_host)]

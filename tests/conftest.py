@@ -85,6 +85,7 @@ def settings(directory: Path, *upstreams: dict[str, Any], **sections: Any) -> di
         "admin": "127.0.0.1:0",
         "cache": {"directory": str(directory)},
         "defaultUpstream": upstreams[0]["name"],
+        "alwaysPullImages": True,  # what a tag costs is seen, whatever its name; policies have tests of their own
         "upstreams": list(upstreams),
         **sections,
     }

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from proxy.credentials.credential import Asker, Identity
-from proxy.errors import UpstreamBroken
+from proxy.errors import ManifestUnknown, UpstreamBroken
 from proxy.listings import ListInvalid, ListQuery, parse_tags
 from proxy.manifests import MODERN, ManifestInvalid, parse_manifest
 from proxy.names import Digest, Reference, Repository
@@ -25,9 +25,20 @@ class Probe:
     ask: Callable[[Identity], Awaitable[None]]
     proves: bool = True
     """Whether its yes is one to pull whatever is in the repository."""
+    asks_nobody: bool = False
+    """Whether what was said before has to do."""
 
 
 _ANY = ", ".join(MODERN)
+
+
+def of_nothing(refusal: str) -> Probe:
+    """For what no registry is asked about: without a yes of before it raises ``ManifestUnknown`` of that text."""
+
+    async def probe(identity: Identity) -> None:
+        raise ManifestUnknown(refusal)
+
+    return Probe("nothing", probe, proves=False, asks_nobody=True)
 
 
 def of_manifest(upstream: Upstream, repository: Repository, reference: Reference) -> Probe:

@@ -203,6 +203,10 @@ class Access:
             if (refusal := memory.get(key)) is not None:
                 raise Denied(refusal)
         was_given = self._was_given(question)
+        if question.probe.asks_nobody:
+            if not was_given:
+                await question.probe.ask(question.identity)
+            return
         if was_given and self._is_failing(question):
             return
         if was_given:

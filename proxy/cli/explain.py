@@ -76,6 +76,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     told.append(f"rules       {allowed}" + (f" by '{found['rule']}'" if found["rule"] else ", no rule matches"))
     if found["dryRunDenied"]:
         told.append(f"            '{found['dryRunDenied']}' would deny it, were it not on dryRun")
+    policy = found["imagePullPolicy"]
+    again = f"; asked for again after {policy['maxAge']:g} s" if policy["maxAge"] is not None else ""
+    told.append(f"policy      {policy['policy']}: {policy['why']}{again}")
     credentials = found["credentials"]
     if found["credentialFailure"]:
         told.append(f"credential  cannot be had: {found['credentialFailure']}")

@@ -476,6 +476,7 @@ def pullcache_config(cache: Path, upstream: str, endpoint: str, **more: object) 
         "admin": f"127.0.0.1:{free_port()}",
         "cache": {"directory": str(cache)},
         "defaultUpstream": upstream,
+        "alwaysPullImages": True,
         "upstreams": [{"name": upstream, "endpoints": [endpoint], "allowAddresses": ["127.0.0.1/32"]}],
         "log": {"format": "text", "level": "info"},
         **more,

@@ -29,7 +29,7 @@ ROWS = (
     {"answers", "access/*"},
     {"fetch"},
     {"spool"},
-    {"policy", "upstream/*", "storage/*"},
+    {"policy", "image_pull_policy", "upstream/*", "storage/*"},
     {"credentials/*"},  # storage and upstream know whose a link or a request is, and nothing of who may read
     {"listings", "configfile", "rules"},
     {"config", "manifests", "watch"},
@@ -59,6 +59,7 @@ PURE = (
     "listings",
     "policy",
     "rules",
+    "image_pull_policy",
     "errors",
     "upstream/challenge",
     "upstream/addresses",
