@@ -305,7 +305,9 @@ class Pull:
         if in_flight is not None and (in_flight.upstream, in_flight.repository) == (target.key, target.repository):
             return True
         # Who can write a manifest can name what he cannot read: it proves what anybody may have, and no more.
-        is_public = self._store.is_public(digest) or (in_flight is not None and in_flight.proof == "anonymous")
+        is_public = self._store.is_public(digest) or (
+            in_flight is not None and in_flight.proof == "anonymous" and not self._store.is_void(in_flight)
+        )
         if is_public and self._is_named(target, digest):
             return True
         if not is_public and (in_flight.upstream != target.key if in_flight else self._store.is_others(target.key, digest)):

@@ -231,13 +231,14 @@ class Store:
         """Holds what is in ``spool``; raises ``OSError``, ``sqlite3.Error``. First it is somebody's, then it is there: held
         and nobody's yet it would be anybody's for a moment, and after a crash in it."""
         self._catalog.link(origin, digest).result()
-        is_private = self._is_void(origin) or origin.proof != "anonymous"
+        is_private = self.is_void(origin) or origin.proof != "anonymous"
         if is_private or manifest is not None or self._layout.read_meta(digest) is not None:
             self._write_meta(digest, manifest.media_type if manifest else None)
         spool.adopt(digest)
         self._catalog.add(digest, size, manifest).result()
 
-    def _is_void(self, origin: Origin) -> bool:
+    def is_void(self, origin: Origin) -> bool:
+        """Whether the right by which something was got has been withdrawn since: then it proves nothing."""
         return self._catalog.is_void(origin)
 
     def _tag_rows(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> list[Digest]:

@@ -409,7 +409,7 @@ async def test_t21_what_is_linked_in_the_moment_of_a_withdrawal_is_withdrawn(
     way: str,
 ) -> None:
     """One thread has found the right in order, another withdraws it, the first one writes its link."""
-    is_void, withdrawn = Store._is_void, [False]
+    is_void, withdrawn = Store.is_void, [False]
 
     def then_withdrawn(self: Store, origin: Origin) -> bool:
         answer = is_void(self, origin)
@@ -421,7 +421,7 @@ async def test_t21_what_is_linked_in_the_moment_of_a_withdrawal_is_withdrawn(
     private.public.add(APP)
     cache = await start_cache(with_access(private, "verify"), **VERIFY)
     part = "layer" if way == "adopt" else "digest"
-    monkeypatch.setattr(Store, "_is_void", then_withdrawn)
+    monkeypatch.setattr(Store, "is_void", then_withdrawn)
     assert (await cache.get(parts(APP, stock.app)[part])).status == 200
     await cache.settled()
     assert withdrawn[0]

@@ -208,15 +208,13 @@ async def test_one_slow_upstream_does_not_slow_another(
             slow = blob_path(registry.add_blob(REPO, blob_of(number, 20_000)))
             registry.script("GET", slow, step, forever=True)
             slow_paths.append(slow)
-        timeouts = {**HASTY, "progress": "1s"}  # so that they wait while the other one is asked
-        cache = await start_cache(upstream(registry, timeouts=timeouts), upstream(other, "other.test"))
+        cache = await start_cache(upstream(registry, timeouts=HASTY), upstream(other, "other.test"))
         waiting = [asyncio.create_task(cache.get(path, within=SOON)) for path in slow_paths]
         await registry.wait_for(lambda: len(registry.requests) >= 30)
         for path, truth in ((manifest_path("1"), image.data), (blob_path(image.layer_digests[0]), data)):
             answer = await cache.get(f"{path}?ns=other.test", within=SOON)
             same = answer.body == truth
             assert (answer.status, same, answer.clean_end) == (200, True, True)
-        assert not any(task.done() for task in waiting)
         for answer in await asyncio.gather(*waiting):
             assert answer.status in (502, 503) or not answer.clean_end
     await cache.settled()
