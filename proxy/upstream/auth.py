@@ -72,7 +72,7 @@ def check_realm(realm: str, endpoint: URL, token_hosts: Sequence[str]) -> URL:
     try:
         url = URL(realm)
         host = url.raw_host
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # IndexError: yarl 1.x, of "//[]@"
         raise RealmRefused("the realm of its challenge is not an address") from error
     if len(realm) > 2048 or not realm.isascii() or not host or url.scheme not in ("https", "http"):
         raise RealmRefused("the realm of its challenge is not an http address")

@@ -109,7 +109,7 @@ class Transport:
             usable = (
                 bool(_LOCATION.fullmatch(location)) and bool(target.host) and target.user is None and target.password is None
             )
-        except ValueError:
+        except (ValueError, IndexError):  # IndexError: yarl 1.x, of "//[]@"
             usable = False
         if not usable or target.scheme not in ("http", "https") or (target.scheme, endpoint.scheme) == ("http", "https"):
             self.refused("redirect").inc()

@@ -36,6 +36,7 @@ FAILING: dict[str, tuple[Step, int, str]] = {
     "204": (answers.status(204), 502, "UNKNOWN"),
     "304": (answers.status(304), 502, "UNKNOWN"),
     "redirect to nowhere": (answers.status(307), 502, "UNKNOWN"),
+    "redirect to no host": (answers.redirect("//[]@"), 502, "UNKNOWN"),
     "redirect to file": (answers.redirect("file:///etc/passwd"), 502, "UNKNOWN"),
     "redirect to itself": (answers.redirect("?again"), 502, "UNKNOWN"),
     "not HTTP": (answers.raw(b"SSH-2.0-OpenSSH_9.6\r\n"), 502, "UNKNOWN"),

@@ -8,7 +8,7 @@ import json
 from collections.abc import Awaitable, Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from yarl import URL
 
@@ -114,6 +114,7 @@ def test_whatever_is_accepted_is_https_at_a_trusted_host(scheme: str, user: str,
 
 
 @given(st.text(max_size=80) | st.text("htps:/@.[]#?%\\ ae1\n", max_size=60).map(lambda text: "https://" + text))
+@example("0://[]@")
 def test_no_realm_raises_anything_else(realm: str) -> None:
     with contextlib.suppress(RealmRefused):
         check_realm(realm, HTTPS, [])
