@@ -75,6 +75,30 @@ async def test_t20_a_question_that_another_upstream_has_not_answered_yet_opens_n
         assert_bare(second.result(), stock.app)
 
 
+async def test_t20_a_download_whose_right_is_withdrawn_while_it_runs_is_not_followed_from_elsewhere(
+    clock: Clock, start_cache: StartCache, private: PrivateRegistry, stock: Stock
+) -> None:
+    """It was public when it began; another upstream's word that it has the same is no right to what it brings."""
+    layer, path, held = stock.app.layers[-1], parts(APP, stock.app)["layer"], asyncio.Event()
+    async with ScriptedRegistry() as liar:
+        cache = await start_cache(
+            with_access(private, "verify", publicFor="5s"), with_access(liar, "public", "evil.test"), **VERIFY
+        )
+        private.public.add(APP)
+        private.script("GET", path, gate(held, after=len(layer) // 2))
+        liar.script("HEAD", lambda _: True, status(200, b"x" * len(layer), "application/octet-stream"), forever=True)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(cache.get(path))
+            await private.wait_for(lambda: private.bytes_sent(path) >= len(layer) // 2)
+            private.public.discard(APP)
+            clock.advance(6)
+            assert (await cache.get(parts(APP, stock.app)["tag"])).status == 401
+            second = group.create_task(cache.get(f"/v2/evil.test/evil/app/blobs/{stock.app.layer_digests[-1]}"))
+            await asyncio.wait({second}, timeout=1)  # it may wait for the same download
+            held.set()
+        assert_bare(second.result(), stock.app)
+
+
 @pytest.mark.parametrize("mode", ["shared", "verify"])
 async def test_t20_what_nobody_may_read_any_more_is_not_opened_by_another_upstreams_word(
     clock: Clock, start_cache: StartCache, private: PrivateRegistry, stock: Stock, tmp_path: Path, mode: str
