@@ -24,7 +24,7 @@ from proxy.image_pull_policy import PullDecision, PullPolicies, never_pulled
 from proxy.listings import parse_query
 from proxy.logs import printable
 from proxy.metrics import Metrics
-from proxy.names import Digest, Repository, parse_digest, parse_reference
+from proxy.names import Digest, Reference, Repository, parse_digest, parse_reference
 from proxy.policy import Routes, classify_accept, route
 from proxy.pull import Pull
 from proxy.ranges import Range, parse_range
@@ -64,16 +64,18 @@ def range_of(request: web.BaseRequest, digest: Digest) -> Range | None:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request asks of a repository: whose that is, as the client named it, and what proxies it came through."""
+    """What a request asks of a repository: whose that is, as the client named it, what proxies it came through, and whether
+    the upstream is asked about it."""
 
     upstream: Upstream
     repository: Repository
     name: str
     via: str
+    policy: PullDecision
 
     @property
     def image(self) -> str:
-        """``registry/repository``, which globs are about."""
+        """``registry/repository``."""
         return f"{self.upstream.name}/{self.repository}"
 
 
@@ -100,25 +102,23 @@ class Handlers:
 
     async def manifest(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """end-3: a manifest, by tag or digest."""
-        asked = self._asked(request, path["name"])
         reference = parse_reference(path["reference"])
+        asked = self._asked(request, path["name"], reference)
         accept = classify_accept(request.headers.getall("Accept", []))
         ask = self.pull.manifest_head if request.method == "HEAD" else self.pull.manifest
         probe = probes.of_manifest(asked.upstream, asked.repository, reference)
-        policy = self.policies.decide(asked.image, reference)
-        return await self._answer(request, asked, policy, probe, lambda target: ask(target, reference, accept))
+        return await self._answer(request, asked, probe, lambda target: ask(target, reference, accept))
 
     async def blob(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """end-2: a blob."""
-        asked = self._asked(request, path["name"])
         digest = parse_digest(path["digest"])
+        asked = self._asked(request, path["name"], digest)
         probe = probes.of_blob(asked.upstream, asked.repository, digest, self.store)
-        policy = self.policies.decide(asked.image, digest)
         if request.method == "HEAD":
-            return await self._answer(request, asked, policy, probe, lambda target: self.pull.blob_head(target, digest))
+            return await self._answer(request, asked, probe, lambda target: self.pull.blob_head(target, digest))
         part = range_of(request, digest)
         start = (part.first or 0) if part else 0
-        return await self._answer(request, asked, policy, probe, lambda target: self.pull.blob(target, digest, start))
+        return await self._answer(request, asked, probe, lambda target: self.pull.blob(target, digest, start))
 
     async def tags(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """end-8: a page of a repository's tags."""
@@ -126,8 +126,7 @@ class Handlers:
         query = parse_query(request.rel_url.raw_query_string)
         named = Named(path["name"], request.rel_url.query.get("ns"))
         probe = probes.of_list(asked.upstream, asked.repository)
-        policy = self.policies.of_lists()
-        return await self._answer(request, asked, policy, probe, lambda target: self.discovery.tags(target, named, query))
+        return await self._answer(request, asked, probe, lambda target: self.discovery.tags(target, named, query))
 
     async def referrers(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """end-12: what refers to a manifest."""
@@ -136,11 +135,7 @@ class Handlers:
         artifact_type = request.rel_url.query.get("artifactType")
         probe = probes.of_list(asked.upstream, asked.repository)
         return await self._answer(
-            request,
-            asked,
-            self.policies.of_lists(),
-            probe,
-            lambda target: self.discovery.referrers(target, subject, artifact_type),
+            request, asked, probe, lambda target: self.discovery.referrers(target, subject, artifact_type)
         )
 
     async def token(self, request: web.BaseRequest, _: Match[str]) -> web.StreamResponse:
@@ -162,7 +157,7 @@ class Handlers:
         """Everything else below ``/v2/``, the catalog among it: nobody may list what is cached."""
         raise NameUnknown("this cache has no such endpoint; it serves manifests, blobs, tags/list and referrers")
 
-    def _asked(self, request: web.BaseRequest, name: str) -> Asked:
+    def _asked(self, request: web.BaseRequest, name: str, reference: Reference | None = None) -> Asked:
         """Raises ``RegistryError`` where the name means nothing, or what may not be pulled."""
         via = ", ".join(request.headers.getall("Via", []))
         if self.instance in via or via.count(",") >= _MAX_HOPS:
@@ -177,13 +172,13 @@ class Handlers:
         if not verdict.allowed:
             self.metrics.rule_hits.labels(verdict.rule, "denied").inc()
             raise Denied(f"{image} may not be pulled: the rule '{verdict.rule}' of this cache denies it")
-        return Asked(self.upstreams[routed.upstream], routed.repository, name, printable(via, _MAX_VIA))
+        policy = self.policies.decide(image, reference)
+        return Asked(self.upstreams[routed.upstream], routed.repository, name, printable(via, _MAX_VIA), policy)
 
     async def _answer(
         self,
         request: web.BaseRequest,
         asked: Asked,
-        policy: PullDecision,
         probe: Probe,
         ask: Callable[[Target], Awaitable[Answer]],
     ) -> web.StreamResponse:
@@ -191,9 +186,9 @@ class Handlers:
         caller = request[CALLER]
         try:
             try:
-                identity, answer = await self._read(asked, caller, policy, probe, ask)
+                identity, answer = await self._read(asked, caller, probe, ask)
             except Withdrawn:  # whoever has a right of his own does not suffer for it that others have none any more
-                identity, answer = await self._read(asked, caller, policy, probe, ask)
+                identity, answer = await self._read(asked, caller, probe, ask)
         except Unauthorized as error:
             raise self.gate.unauthorized(error.message, scope=f"repository:{asked.name}:pull") from None
         is_private = identity.proof != "anonymous" or caller.user is not None
@@ -203,19 +198,18 @@ class Handlers:
         self,
         asked: Asked,
         caller: Caller,
-        policy: PullDecision,
         probe: Probe,
         ask: Callable[[Target], Awaitable[Answer]],
     ) -> tuple[Identity, Answer]:
         """In whose name, and what; raises ``Withdrawn`` where that has just lost its right, and another may have one."""
         since = self.store.withdrawals
-        if not policy.asks:
-            probe = probes.of_nothing(never_pulled(asked.image, policy))
+        if not asked.policy.asks:
+            probe = probes.of_nothing(never_pulled(asked.image, asked.policy))
         identity = await self.access.identity(asked.upstream, asked.repository, caller, probe)
 
         def target(identity: Identity) -> Target:
             asker = Asker(identity, asked.via)
-            return Target(asked.upstream.name, asked.upstream.key, asked.repository, asker, policy, since)
+            return Target(asked.upstream.name, asked.upstream.key, asked.repository, asker, asked.policy, since)
 
         try:
             return identity, await ask(target(identity))

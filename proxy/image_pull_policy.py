@@ -54,11 +54,14 @@ class PullPolicies:
         self._always = config.always_pull_images
         self._rules: Sequence[ImagePullPolicyRule] = config.image_pull_policy.rules
 
-    def decide(self, name: str, reference: Reference) -> PullDecision:
-        """The policy of ``reference`` in ``name``, ``registry/repository``."""
-        tag = None if isinstance(reference, Digest) else reference
+    def decide(self, name: str, reference: Reference | None) -> PullDecision:
+        """The policy of ``reference`` in ``name``, ``registry/repository``. None is a list, which is no image: it is always
+        asked for, unless nobody may be."""
         if self._offline:
             return PullDecision("Never", "offline is true")
+        if reference is None:
+            return PullDecision("Always", "it is a list")
+        tag = None if isinstance(reference, Digest) else reference
         if self._always and tag is not None:
             return PullDecision("Always", "alwaysPullImages is true")
         image = f"{name}@{reference}" if tag is None else f"{name}:{reference}"
@@ -71,10 +74,6 @@ class PullPolicies:
         return PullDecision(
             policy, "the default of 'latest'" if policy == "Always" else "the default of a tag that is not 'latest'"
         )
-
-    def of_lists(self) -> PullDecision:
-        """Lists are no images: they are always asked for, unless nobody may be."""
-        return PullDecision("Never", "offline is true") if self._offline else PullDecision("Always", "it is a list")
 
 
 def never_pulled(what: str, decision: PullDecision) -> str:

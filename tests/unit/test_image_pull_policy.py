@@ -99,7 +99,7 @@ def test_whether_what_is_held_is_served_unasked(decision: PullDecision, age: flo
 
 def test_lists_are_asked_for_unless_nobody_may_be() -> None:
     for keys, policy in (({}, "Always"), ({"offline": True}, "Never"), (rules(("*", "Never")), "Always")):
-        assert PullPolicies(validate(keys)).of_lists().policy == policy
+        assert PullPolicies(validate(keys)).decide(NAME, None).policy == policy
 
 
 def test_every_fault_is_named_at_once() -> None:
