@@ -34,7 +34,7 @@ from proxy.handlers import Handlers
 from proxy.image_pull_policy import PullPolicies
 from proxy.listener import Listener
 from proxy.metrics import Metrics
-from proxy.policy import Routes
+from proxy.policy import Routes, Staleness
 from proxy.pull import Pull
 from proxy.rules import Rules
 from proxy.storage.store import Store
@@ -105,6 +105,7 @@ async def build(config: Config) -> AsyncIterator[Cache]:
         def secrets_changed(gone: Collection[Credential]) -> None:
             access.forget_secret()
             for upstream in upstreams.values():
+                upstream.ask_again()
                 for credential in gone:
                     upstream.forget(credential)
 
@@ -117,7 +118,7 @@ async def build(config: Config) -> AsyncIterator[Cache]:
         for line in warnings_of(config, pull_secrets):
             log.warning("%s", line)
         for settings in config.upstreams:
-            upstream = upstreams[settings.name] = Upstream(settings, metrics, instance, pull_secrets.lookup)
+            upstream = upstreams[settings.name] = Upstream(settings, metrics, instance, pull_secrets.lookup, config.backoff)
             stack.push_async_callback(upstream.close)
             if settings.tls_files:
                 reread = when_changed(settings.tls_files, upstream.use_files_again, TLSFileUnusable, threads)
@@ -128,6 +129,7 @@ async def build(config: Config) -> AsyncIterator[Cache]:
         gate = _gate_of(config, handles, stack, watch, threads)
         stack.push_async_callback(gate.close)
         policies = PullPolicies(config)
+        staleness = Staleness(config.stale_if_error, config.max_stale, config.deleted_grace)
         handlers = Handlers(
             upstreams,
             gate,
@@ -135,8 +137,8 @@ async def build(config: Config) -> AsyncIterator[Cache]:
             policies,
             access,
             store,
-            Pull(upstreams, store, fetcher, threads, metrics),
-            Discovery(upstreams, store, threads, metrics),
+            Pull(upstreams, store, fetcher, threads, metrics, staleness),
+            Discovery(upstreams, store, threads, metrics, staleness),
             routes_of(config),
             metrics,
             instance,
@@ -152,6 +154,8 @@ async def build(config: Config) -> AsyncIterator[Cache]:
         def reload() -> None:
             pull_secrets.renew()
             watch.soon()
+            for upstream in upstreams.values():
+                upstream.ask_again()
 
         yield Cache(Listener(edge, metrics), metrics, reload, explain, tls, admin_tls, _token_of(config, watch, threads))
 

@@ -96,6 +96,7 @@ class UpstreamConfig(_Section):
     allow_addresses: list[Network] = Field(default_factory=list)
     access: AccessConfig | None = None
     timeouts: Timeouts = Timeouts()
+    rate_limit_reserve: int = Field(default=0, ge=0, description="pulls left, below which held tags past maxAge are served")
 
     @model_validator(mode="before")
     @classmethod
@@ -293,6 +294,21 @@ class ImagePullPolicyConfig(_Section):
     rules: list[ImagePullPolicyRule] = Field(default_factory=list)
 
 
+class BackoffConfig(_Section):
+    """ImagePullBackOff: how long nobody asks again for what an upstream failed to give, refused, or does not have."""
+
+    initial: Period = Field(default="10s", description="after a first failure, doubling; 0s: asked each time")  # type: ignore[assignment]
+    max: Period = Field(default="5m", description="the most that it grows to")  # type: ignore[assignment]
+    not_found: Period = Field(default="10s", description="after a 404: a tag just pushed must appear")  # type: ignore[assignment]
+    refused: Period = Field(default="10s", description="after a 401 or 403, for whom it was")  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.initial > self.max:
+            raise ValueError("initial is longer than max")
+        return self
+
+
 class LogConfig(_Section):
     """How log lines look."""
 
@@ -320,6 +336,10 @@ class Config(_Section):
     image_pull_policy: ImagePullPolicyConfig = ImagePullPolicyConfig()
     always_pull_images: bool = Field(default=False, description="every tag is Always, whatever the rules say")
     offline: bool = Field(default=False, description="everything is Never: no registry is asked")
+    stale_if_error: bool = Field(default=True, description="a held tag is served while its upstream fails")
+    max_stale: Period | None = Field(default=None, description="unless it was confirmed longer ago")
+    deleted_grace: Period = Field(default="0s", description="a held tag is served so long after its upstream said 404")  # type: ignore[assignment]
+    backoff: BackoffConfig = BackoffConfig()
     log: LogConfig = LogConfig()
 
     @property

@@ -135,6 +135,8 @@ def dangers(config: Config) -> list[str]:
                 "and it is open; give listener.htpasswdFile or clientCAFile, list access.repositories, or say "
                 "access.iUnderstandThisIsShared: true"
             )
+    if not config.stale_if_error and config.max_stale is not None:
+        faults.append("maxStale: says nothing where staleIfError is false; keep one of them")
     if config.offline and config.always_pull_images:
         faults.append(
             "offline: excludes alwaysPullImages: the one asks no registry, the other asks for every tag; keep one of them"

@@ -32,7 +32,7 @@ from proxy.manifests import MAX_BYTES, OCI_INDEX
 from proxy.metrics import Metrics
 from proxy.names import Digest, Repository, Tag, digest_of
 from proxy.once import Once
-from proxy.policy import stale_warning
+from proxy.policy import Staleness, stale_warning
 from proxy.storage.base import InlineContent
 from proxy.storage.catalog import Listed
 from proxy.storage.store import Store
@@ -63,11 +63,14 @@ class Named:
 class Discovery:
     """Lists, from the upstreams or as they were a short while ago."""
 
-    def __init__(self, upstreams: dict[str, Upstream], store: Store, threads: Threads, metrics: Metrics) -> None:
+    def __init__(
+        self, upstreams: dict[str, Upstream], store: Store, threads: Threads, metrics: Metrics, staleness: Staleness
+    ) -> None:
         self._upstreams = upstreams
         self._store = store
         self._threads = threads
         self._metrics = metrics
+        self._staleness = staleness
         self._tags: Once[tuple[str, Repository, ListQuery, Identity], tuple[list[Tag], ListQuery | None]] = Once(
             _JOIN_WITHIN
         )
@@ -114,7 +117,7 @@ class Discovery:
         try:
             return await self._referrers.run(key, lambda: self._ask_referrers(target, subject)), "miss", None
         except UpstreamFailing as failure:
-            if known is None:
+            if known is None or not self._staleness.serves(max(0.0, age)):
                 raise
             self._metrics.stale.labels(target.upstream).inc()
             log.warning("the referrers of %s in %s are served stale: %s", subject, target.repository, failure.message)

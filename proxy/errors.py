@@ -26,6 +26,8 @@ class RegistryError(Exception):
         self.message = message
         self.headers = headers or {}
         self.challenges: tuple[str, ...] = ()
+        self.is_remembered = False
+        """Whether it was the answer of before: nobody was asked now."""
 
 
 class NameInvalid(RegistryError):
@@ -151,6 +153,12 @@ class UpstreamIntercepted(UpstreamBroken):
 
 class UpstreamRefused(UpstreamBroken):
     """A 4xx that is none of the known ones: no use, but no word on how the upstream is either."""
+
+
+class ManifestGone(UpstreamFailing):
+    """The registry has a tag no more, and what it pointed at is still served: ``deletedGrace``."""
+
+    code, status = "MANIFEST_UNKNOWN", 404
 
 
 class SecretRefused(UpstreamFailing):

@@ -43,6 +43,9 @@ class Metrics:
         self.resting = gauge(
             "endpoint_resting", "1 while an endpoint is asked after the others, since it failed.", "upstream", "endpoint"
         )
+        self.unavailable = gauge(
+            "upstream_unavailable", "1 while an upstream is not asked, since it gives no answer.", "upstream"
+        )
         self.unusable_files = gauge(
             "unusable_files", "Secrets and certificates that cannot be used as they are now; what was good stays.", "what"
         )

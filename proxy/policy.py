@@ -56,6 +56,20 @@ def route(routes: Routes, namespaces: Sequence[str], name: str) -> Route:
     return Route(upstream, qualify(upstream, parse_repository(path)))
 
 
+@dataclass(frozen=True, slots=True)
+class Staleness:
+    """Whether a held tag is served that its upstream does not confirm. ``max_stale``: seconds since it last did, None for
+    however long; ``deleted_grace``: seconds from the first time that the upstream says it is gone."""
+
+    if_error: bool
+    max_stale: float | None
+    deleted_grace: float
+
+    def serves(self, age: float) -> bool:
+        """Whether it is served while the upstream fails, confirmed ``age`` seconds ago."""
+        return self.if_error and (self.max_stale is None or age <= self.max_stale)
+
+
 def stale_warning(age: float, failure: str) -> str:
     """What a client is told that is served what was true ``age`` seconds ago."""
     return f"served from the cache, last confirmed {max(0, int(age))} s ago: {failure}"

@@ -14,16 +14,18 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 
+from cachetools import LRUCache
+
 from proxy.answers import Answer, Decision, Target
 from proxy.credentials.credential import Identity
-from proxy.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, UpstreamBroken, UpstreamFailing
+from proxy.errors import BlobUnknown, Denied, ManifestGone, ManifestUnknown, RegistryError, UpstreamBroken, UpstreamFailing
 from proxy.fetch import VERIFIED_FIRST, Fetcher, Mismatch, Stream
 from proxy.image_pull_policy import never_pulled
 from proxy.manifests import Manifest, ManifestInvalid, parse_manifest
 from proxy.metrics import Metrics
 from proxy.names import Digest, Reference, Repository, Tag, digest_of
 from proxy.once import Once
-from proxy.policy import Accept, stale_warning
+from proxy.policy import Accept, Staleness, stale_warning
 from proxy.storage.base import InlineContent
 from proxy.storage.catalog import Tagged
 from proxy.storage.store import Store
@@ -33,9 +35,13 @@ from proxy.upstream.client import ManifestBody, Upstream
 log = logging.getLogger(__name__)
 
 BLOB_TYPE = "application/octet-stream"
+_MOST_GONE = 10_000
 _JOIN_WITHIN = 1.0  # seconds: a later caller may have seen a push that an earlier question did not
 _REFUSALS = 8
 _PATIENCE = 20.0  # seconds for small content to be whole; containerd 2.3 waits 30 s for headers
+
+
+_TagKey = tuple[str, Repository, Tag, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +68,21 @@ class Pull:
     """Manifests and blobs, from the store or from the upstreams."""
 
     def __init__(
-        self, upstreams: Mapping[str, Upstream], store: Store, fetcher: Fetcher, threads: Threads, metrics: Metrics
+        self,
+        upstreams: Mapping[str, Upstream],
+        store: Store,
+        fetcher: Fetcher,
+        threads: Threads,
+        metrics: Metrics,
+        staleness: Staleness,
     ) -> None:
         self._upstreams = upstreams
         self._store = store
         self._fetcher = fetcher
         self._threads = threads
         self._metrics = metrics
+        self._staleness = staleness
+        self._gone: LRUCache[_TagKey, float] = LRUCache(_MOST_GONE)  # since when the upstream says so
         self._heads: Once[tuple[str, Repository, Tag, str, Identity], _Pointed] = Once(_JOIN_WITHIN)
         self._gets: Once[tuple[str, Repository, Reference, str, Identity], _Held] = Once(_JOIN_WITHIN)
         self._proofs: Once[tuple[str, Repository, Digest, Identity], None] = Once()
@@ -136,7 +150,12 @@ class Pull:
         return Answer(pointed.digest, pointed.size, pointed.media_type, "head", None, changes=True)
 
     def _is_served_unasked(self, target: Target, known: Tagged) -> bool:
-        return target.pull_policy.serves_held(time.time() - known.checked) and self._is_linked(target, known.digest)
+        policy, age = target.pull_policy, time.time() - known.checked
+        if not self._is_linked(target, known.digest):
+            return False
+        if policy.serves_held(age):
+            return True
+        return policy.policy == "IfNotPresent" and self._upstreams[target.upstream].is_saving(target.asker.identity)
 
     def _manifest(self, digest: Digest) -> _Held | None:
         found = self._store.manifest(digest)
@@ -165,13 +184,17 @@ class Pull:
     async def _ask_tag(self, target: Target, tag: Tag, accept: Accept) -> _Pointed:
         """Where the upstream says that the tag points. One HEAD for all who wait."""
         upstream = self._upstream_of(target, tag)
+        key = (target.key, target.repository, tag, accept.key)
 
         async def ask() -> _Pointed:
             try:
                 head = await upstream.head_manifest(target.repository, tag, accept.sent, target.asker)
-            except ManifestUnknown:
-                await self._threads.run(self._store.forget_tag, target.key, target.repository, tag, accept.key)
+            except ManifestUnknown as error:
+                if self._is_in_grace(key):
+                    raise ManifestGone(error.message) from error
+                await self._threads.run(self._store.forget_tag, *key)
                 raise
+            self._gone.pop(key, None)
             if head.digest is None or head.size is None or not head.is_told:
                 held = await self._get(target, tag, accept)
                 return _Pointed(held.digest, len(held.body), held.media_type)
@@ -217,13 +240,22 @@ class Pull:
         now = time.time()
         await self._threads.run(self._store.set_tag, target.key, target.repository, tag, accept.key, digest, now)
 
+    def _is_in_grace(self, key: _TagKey) -> bool:
+        """Whether a held tag that the upstream says is gone is served on: ``deletedGrace``, from the first 404."""
+        if self._staleness.deleted_grace == 0 or self._store.tagged(*key) is None:
+            return False
+        now = time.time()
+        return 0 <= now - self._gone.setdefault(key, now) < self._staleness.deleted_grace
+
     def _stale(self, target: Target, known: Tagged, held: _Held, failure: UpstreamFailing) -> Answer:
         """What a tag pointed at when its upstream was last heard, if that is this client's to read; raises ``failure``."""
-        if not self._is_linked(target, held.digest):
+        age = max(0.0, time.time() - known.checked)
+        is_served = isinstance(failure, ManifestGone) or self._staleness.serves(age)
+        if not (is_served and self._is_linked(target, held.digest)):
             raise failure
         self._metrics.stale.labels(target.upstream).inc()
         log.warning("a tag of %s is served stale: %s", target.repository, failure.message)
-        return held.answer("stale", changes=True, warning=stale_warning(time.time() - known.checked, failure.message))
+        return held.answer("stale", changes=True, warning=stale_warning(age, failure.message))
 
     def _mismatch(self, target: Target, text: str) -> UpstreamBroken:
         self._metrics.mismatches.labels(target.upstream).inc()

@@ -86,6 +86,7 @@ def settings(directory: Path, *upstreams: dict[str, Any], **sections: Any) -> di
         "cache": {"directory": str(directory)},
         "defaultUpstream": upstreams[0]["name"],
         "alwaysPullImages": True,  # what a tag costs is seen, whatever its name; policies have tests of their own
+        "backoff": {"initial": "0s", "notFound": "0s", "refused": "0s"},  # and so is what a second attempt costs
         "upstreams": list(upstreams),
         **sections,
     }

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from yarl import URL
 
-from proxy.config import UpstreamConfig
-from proxy.credentials.credential import Asker, Credential
+from proxy.config import BackoffConfig, UpstreamConfig
+from proxy.credentials.credential import ANONYMOUS, Asker, Credential, Identity
 from proxy.errors import BlobUnknown, ManifestUnknown, NameUnknown, RegistryError, UpstreamBroken, UpstreamFailing
 from proxy.listings import MAX_PAGE, ListQuery, next_page
 from proxy.manifests import MAX_BYTES, MODERN, OCI_INDEX
@@ -21,6 +21,7 @@ from proxy.names import Digest, Reference, Repository
 from proxy.upstream.endpoints import Endpoints
 from proxy.upstream.exchange import Exchange, Lookup, Shown
 from proxy.upstream.reply import Reply, Request, Where
+from proxy.upstream.restraint import Restraint
 
 _LISTS = f"{OCI_INDEX}, application/json"
 
@@ -103,16 +104,19 @@ class BlobStream:
 class Upstream:
     """One registry, which may have several endpoints."""
 
-    def __init__(self, config: UpstreamConfig, metrics: Metrics, instance: str, lookup: Lookup) -> None:
+    def __init__(
+        self, config: UpstreamConfig, metrics: Metrics, instance: str, lookup: Lookup, backoff: BackoffConfig
+    ) -> None:
         self.name = config.name
         self.key = config.key
         self.config = config
         self._metrics = metrics
         self._exchange = Exchange(config, metrics, instance, lookup)
-        listed = [Where(config.name, URL(endpoint)) for endpoint in config.endpoints]
-        self._endpoints = Endpoints(listed, config.timeouts.endpoint, self._exchange.probe, metrics)
+        self._listed = [Where(config.name, URL(endpoint)) for endpoint in config.endpoints]
+        self._endpoints = Endpoints(self._listed, config.timeouts.endpoint, self._exchange.probe, metrics)
         for each in (metrics.stale, metrics.mismatches, metrics.upstream_bytes):
             each.labels(config.name)  # there from the start: what is first seen at 1 has no rate
+        self._restraint = Restraint(config.name, self._probe, backoff, metrics)
         self._patience = config.timeouts.connect + config.timeouts.headers
 
     @property
@@ -133,11 +137,25 @@ class Upstream:
         self._exchange.transport.use_files_again()
 
     def drop_expired(self) -> None:
-        """Forgets the tokens whose time is over."""
+        """Forgets the tokens, and the failures, whose time is over."""
         self._exchange.drop_expired()
+        self._restraint.drop_expired()
+
+    def ask_again(self) -> None:
+        """Forgets what has failed and what was refused: everything may be asked for."""
+        self._restraint.clear()
+
+    def is_saving(self, identity: Identity) -> bool:
+        """Whether so little of its quota is left that what is held is not asked for: ``rateLimitReserve``."""
+        limits = self._exchange.rate_limits
+        ours = [limit for credential, limit in limits.items() if credential is not None and identity != ANONYMOUS]
+        known = ours or [limit for credential, limit in limits.items() if credential is None]
+        now = asyncio.get_running_loop().time()
+        return identity.proof != "client" and any(limit.is_low(self.config.rate_limit_reserve, now) for limit in known)
 
     async def close(self) -> None:
         """Drops every connection."""
+        await self._restraint.close()
         await self._endpoints.close()
         await self._exchange.close()
 
@@ -165,7 +183,7 @@ class Upstream:
                 verify(reply.digest)
                 return ManifestHead(reply.digest, reply.length, reply.media_type)
 
-        return await self._endpoints.ask(ask, self.config.timeouts.head, authority_only=asker.asks_registry_only)
+        return await self._ask(request, asker, ask, self.config.timeouts.head)
 
     async def get_manifest(
         self,
@@ -189,18 +207,18 @@ class Upstream:
                     raise UpstreamBroken(f"{where} sent a part of a manifest of which the whole was asked")
                 return await verify(ManifestBody(await reply.body(MAX_BYTES), reply.content_type))
 
-        only = authority_only or asker.asks_registry_only
-        return await self._endpoints.ask(ask, self._patience, authority_only=only)
+        return await self._ask(request, asker, ask, self._patience, authority_only=authority_only)
 
     async def head_blob(
         self, repository: Repository, digest: Digest, asker: Asker, verify: Callable[[int | None], None] = lambda _: None
     ) -> int | None:
         """The size of a blob; where ``verify`` refuses it, the next endpoint is asked. Raises ``RegistryError``."""
         path = f"/v2/{repository}/blobs/{digest}"
+        request = Request("HEAD", path, repository)
         shown = await self._exchange.prepare(repository, asker, by_head=True)
 
         async def size(where: Where) -> int | None:
-            async with self._reply(where, Request("HEAD", path, repository), shown) as reply:
+            async with self._reply(where, request, shown) as reply:
                 if reply.media_type == "text/html":
                     raise UpstreamBroken(f"{where} answered with a page for people; is a login page in between?")
                 if reply.status != 405 and (reply.is_own or reply.status not in (400, 401, 403)):
@@ -219,7 +237,7 @@ class Upstream:
             verify(told)
             return told
 
-        return await self._endpoints.ask(ask, self._patience, authority_only=asker.asks_registry_only)
+        return await self._ask(request, asker, ask, self._patience)
 
     async def open_blob(self, repository: Repository, digest: Digest, offset: int, attempt: int, asker: Asker) -> BlobStream:
         """A blob from ``offset`` on, at the endpoint whose turn the ``attempt`` is; raises ``RegistryError``."""
@@ -243,8 +261,7 @@ class Upstream:
                     reply.close()
                     raise
 
-        only = asker.asks_registry_only
-        return await self._endpoints.ask(ask, self._patience, attempt=attempt, authority_only=only)
+        return await self._ask(request, asker, ask, self._patience, attempt=attempt, goes_on=offset > 0)
 
     async def list_tags(self, repository: Repository, query: ListQuery, asker: Asker, verify: Verify[Page, T]) -> T:
         """What ``verify`` makes of a page of tags; raises ``RegistryError``."""
@@ -285,7 +302,35 @@ class Upstream:
                 body = await reply.body(MAX_PAGE)
                 return await verify(Page(body, reply.content_type, tuple(reply.headers.getall("Link", []))))
 
-        return await self._endpoints.ask(ask, self._patience, authority_only=True)
+        return await self._ask(request, asker, ask, self._patience, authority_only=True)
+
+    async def _ask(
+        self,
+        request: Request,
+        asker: Asker,
+        question: Callable[[Where], Awaitable[T]],
+        limit: float,
+        *,
+        attempt: int = 0,
+        authority_only: bool = False,
+        goes_on: bool = False,
+    ) -> T:
+        """Asks the endpoints, if the upstream may be asked now. ``goes_on``: what was begun is gone on with."""
+        only = authority_only or asker.asks_registry_only
+
+        def ask(restrained: Callable[[Where], Awaitable[T]]) -> Awaitable[T]:
+            return self._endpoints.ask(restrained, limit, attempt=attempt, authority_only=only)
+
+        return await self._restraint.ask(request, asker.identity, question, ask, goes_on=goes_on)
+
+    async def _probe(self) -> None:
+        """Whether any endpoint answers; raises ``RegistryError`` or ``TimeoutError``."""
+        for where in self._listed[:-1]:
+            with suppress(RegistryError, TimeoutError, OSError):
+                async with asyncio.timeout(self.config.timeouts.endpoint):
+                    return await self._exchange.probe(where)
+        async with asyncio.timeout(self.config.timeouts.endpoint):
+            await self._exchange.probe(self._listed[-1])
 
     @asynccontextmanager
     async def _reply(self, where: Where, request: Request, shown: Shown) -> AsyncIterator[Reply]:

@@ -31,6 +31,7 @@ from proxy.metrics import Metrics
 from proxy.names import Repository
 from proxy.upstream.auth import RealmRefused, Tokens, check_realm
 from proxy.upstream.challenge import Basic, Bearer, find_challenge
+from proxy.upstream.ratelimit import RateLimit, parse_rate_limit
 from proxy.upstream.reply import Dropped, Reply, Request, Where, asked_as
 from proxy.upstream.transport import REDIRECTS, Transport, at
 
@@ -68,6 +69,8 @@ class Exchange:
         self._accepted: TTLCache[tuple[URL, Repository], Credential | None] = TTLCache(4096, 3600, timer=loop.time)
         self._slow: TTLCache[str, bool] = TTLCache(1, _SLOW, timer=loop.time)
         self.said: LRUCache[Credential, str] = LRUCache(256)
+        self.rate_limits: LRUCache[Credential | None, RateLimit] = LRUCache(256)
+        """What was said of the quota of the anonymous, and of each secret of ours."""
         self.transport = Transport(config, metrics)
 
     async def close(self) -> None:
@@ -86,6 +89,7 @@ class Exchange:
         for tokens in self._tokens.values():
             tokens.forget(credential)
         self.said.pop(credential, None)
+        self.rate_limits.pop(credential, None)
 
     async def probe(self, where: Where) -> None:
         """Whether an endpoint answers at all; raises ``RegistryError`` where it does not, or only to say that it fails."""
@@ -291,8 +295,14 @@ class Exchange:
         raise UpstreamBroken(text)
 
     def _note(self, identity: Identity, credential: Credential | None, where: Where, outcome: Reply | Denied) -> None:
-        """What was said to a secret of ours last, for ``explain``; a client's is nobody's business."""
-        if credential is not None and identity.proof != "client":
+        """What was said to a secret of ours last, for ``explain``, and of its quota; a client's is nobody's business."""
+        if identity.proof == "client":
+            return
+        if isinstance(outcome, Reply) and outcome.is_own:
+            limit = parse_rate_limit(outcome.headers, asyncio.get_running_loop().time())
+            if limit is not None:
+                self.rate_limits[credential] = limit
+        if credential is not None:
             said = outcome.message if isinstance(outcome, Denied) else f"{where} answered {outcome.status}"
             self.said[credential] = said
 

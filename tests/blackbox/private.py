@@ -325,6 +325,16 @@ class Clock:
     """The event loop's time, which can be put forward."""
 
     ahead: float = 0.0
+    held_at: float | None = None
+
+    def hold(self) -> None:
+        """No time passes from now on, however long things take."""
+        self.held_at = asyncio.get_running_loop().time()
+
+    def go_on(self) -> None:
+        """It passes again, from where it was held."""
+        now, self.held_at = self.held_at or 0.0, None
+        self.ahead -= asyncio.get_running_loop().time() - now
 
     def advance(self, seconds: float) -> None:
         """So many seconds have passed."""
@@ -336,7 +346,7 @@ def movable_clock() -> Iterator[Clock]:
     """The running loop's clock, for caches that are started within; timers that are set fire when it is put forward."""
     loop = asyncio.get_running_loop()
     clock, real = Clock(), loop.time
-    loop.time = lambda: real() + clock.ahead  # type: ignore[method-assign]
+    loop.time = lambda: real() + clock.ahead if clock.held_at is None else clock.held_at  # type: ignore[method-assign]
     try:
         yield clock
     finally:

@@ -31,6 +31,7 @@ EXPECTED = {
     "UpstreamIntercepted": ("UNKNOWN", 502),
     "UpstreamRefused": ("UNKNOWN", 502),
     "SecretRefused": ("DENIED", 403),
+    "ManifestGone": ("MANIFEST_UNKNOWN", 404),
     "TooManyRequests": ("TOOMANYREQUESTS", 429),
 }
 KNOWN_CODES = frozenset(
@@ -84,7 +85,10 @@ def test_an_error_carries_message_and_headers(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "stale_allowed"),
-    [(name, name.startswith("Upstream") or name in ("TooManyRequests", "SecretRefused")) for name in EXPECTED],
+    [
+        (name, name.startswith("Upstream") or name in ("TooManyRequests", "SecretRefused", "ManifestGone"))
+        for name in EXPECTED
+    ],
 )
 def test_what_is_held_stands_in_for_a_failing_upstream_and_for_nothing_else(name: str, stale_allowed: bool) -> None:
     assert issubclass(CLASSES[name], errors.UpstreamFailing) is stale_allowed

@@ -1,0 +1,128 @@
+"""When an upstream is not asked: while it gives no answer, limits the rate, or has just answered that very question.
+
+    breaker (the upstream) -> window (what was asked, in whose name) -> limit (an endpoint, in whose name) -> the question
+
+What is not asked has the answer of before. A download that goes on is not held up: it finds out for itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from proxy.config import BackoffConfig
+from proxy.credentials.credential import Identity
+from proxy.errors import RegistryError, SecretRefused, TooManyRequests, UpstreamFailing, UpstreamRefused
+from proxy.metrics import Metrics
+from proxy.upstream.breaker import Breaker
+from proxy.upstream.failures import Failed, Failures
+from proxy.upstream.ratelimit import parse_retry_after
+from proxy.upstream.reply import Request, Where
+
+T = TypeVar("T")
+
+_LONGEST = 3600.0  # seconds: what a ``Retry-After`` says is obeyed, within reason
+
+Question = Callable[[Where], Awaitable[T]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What was asked, in whose name."""
+
+    path: str
+    identity: Identity
+
+
+@dataclass(frozen=True, slots=True)
+class _Quota:
+    """What a registry limits the rate of. ``is_counted``: only pulls of manifests; else whatever it is asked."""
+
+    where: Where
+    identity: Identity
+    is_counted: bool
+
+
+class Restraint:
+    """That of one upstream. ``probe``: whether it answers."""
+
+    def __init__(self, name: str, probe: Callable[[], Awaitable[None]], config: BackoffConfig, metrics: Metrics) -> None:
+        self._timer = asyncio.get_running_loop().time
+        self._failures: Failures[_Asked] = Failures(config, self._timer)
+        self._limits: Failures[_Quota] = Failures(config, self._timer)
+        self._breaker = Breaker(name, probe, self._failures.end, metrics, is_on=config.initial > 0)
+
+    async def ask(
+        self,
+        request: Request,
+        identity: Identity,
+        question: Question[T],
+        ask: Callable[[Question[T]], Awaitable[T]],
+        *,
+        goes_on: bool,
+    ) -> T:
+        """What ``ask`` gets from the endpoints that may be asked; raises ``RegistryError``, perhaps that of before."""
+
+        async def restrained(where: Where) -> T:
+            return await self._ask_one(where, request, identity, question)
+
+        if goes_on:
+            return await ask(restrained)
+        self._breaker.check()
+        with self._failures.attempt(_Asked(request.path, identity)):
+            began = self._timer()
+            try:
+                return await ask(restrained)
+            except UpstreamFailing as failure:
+                self._breaker.failed(failure, began)
+                raise
+
+    async def _ask_one(self, where: Where, request: Request, identity: Identity, question: Question[T]) -> T:
+        """Asks one endpoint. Docker Hub counts GETs of manifests alone: while those are too many, all else may be asked."""
+        is_counted = request.method == "GET" and "/manifests/" in request.path
+        anything = _Quota(where, identity, is_counted=False)
+        quota = _Quota(where, identity, is_counted=is_counted)
+        self._limits.check(anything)
+        self._limits.check(quota)
+        try:
+            answer = await question(where)
+        except TooManyRequests as error:
+            told = parse_retry_after(error.headers.get("Retry-After", ""), time.time())
+            self._limits.remember(quota, error, min(told, _LONGEST))
+            self._breaker.heard()
+            raise
+        except RegistryError as error:
+            if not isinstance(error, UpstreamFailing) or isinstance(error, UpstreamRefused | SecretRefused):
+                self._breaker.heard()
+            raise
+        self._limits.forget(quota)
+        self._breaker.heard()
+        return answer
+
+    def state(self, path: str) -> list[tuple[Identity, Failed, float]]:
+        """Why that is not asked for now, in whose name, and for how many seconds, for people."""
+        found = [(key.identity, *state) for key, state in self._failures.all().items() if key.path == path]
+        limited = [(key.identity, *state) for key, state in self._limits.all().items()]
+        return found + limited
+
+    @property
+    def outage(self) -> UpstreamFailing | None:
+        """What the upstream failed with, while it is not asked at all."""
+        return self._breaker.failure
+
+    def clear(self) -> None:
+        """Everything may be asked for again."""
+        self._failures.clear()
+        self._limits.clear()
+
+    def drop_expired(self) -> None:
+        """Forgets what is over."""
+        self._failures.drop_expired()
+        self._limits.drop_expired()
+
+    async def close(self) -> None:
+        """Stops probing."""
+        await self._breaker.close()
