@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from proxy.credentials.credential import Asker
 from proxy.image_pull_policy import PullDecision
 from proxy.names import Digest, Repository
+from proxy.policy import Decision
 from proxy.storage.base import Content, Origin
-
-Decision = Literal["hit", "revalidated", "miss", "follow", "head", "pass", "stale"]
-"""hit: held, nobody asked; revalidated: held, upstream said it still is so; miss: fetched; follow: somebody else was
-fetching it; head: upstream told of it; pass: fetched, and not kept; stale: held, upstream was failing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +41,8 @@ class Answer:
     """What a client is told. ``content`` is None where only its headers are known; whoever gets it closes it.
 
     ``changes``: another answer may be right tomorrow. ``is_private``: it is for who asked, and nobody else. ``headers``:
-    those of this kind of answer only.
+    those of this kind of answer only. ``age``: seconds since the upstream was last heard to say this; of content by digest,
+    since it was stored. Negative where the clock has gone back.
     """
 
     digest: Digest
@@ -57,6 +54,7 @@ class Answer:
     is_private: bool = False
     warning: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    age: float = 0.0
 
     def close(self) -> None:
         """Gives the content back."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
-from proxy.answers import Answer, Decision, Target
+from proxy.answers import Answer, Target
 from proxy.credentials.credential import Identity
 from proxy.errors import ManifestUnknown, NameUnknown, UpstreamBroken, UpstreamFailing, UpstreamUnavailable
 from proxy.image_pull_policy import never_pulled
@@ -32,7 +32,7 @@ from proxy.manifests import MAX_BYTES, OCI_INDEX
 from proxy.metrics import Metrics
 from proxy.names import Digest, Repository, Tag, digest_of
 from proxy.once import Once
-from proxy.policy import Staleness, stale_warning
+from proxy.policy import Decision, Staleness, stale_warning
 from proxy.storage.base import InlineContent
 from proxy.storage.catalog import Listed
 from proxy.storage.store import Store
@@ -95,33 +95,33 @@ class Discovery:
         found, following = await self._tags.run((target.upstream, target.repository, wanted, target.asker.identity), ask)
         tags, more = page_of(found, query, following)
         headers = {"Link": named.link(more)} if more else {}
-        return _answer(tags_document(named.name, tags), "application/json", "pass", headers)
+        return _answer(tags_document(named.name, tags), "application/json", "miss", headers)
 
     async def referrers(self, target: Target, subject: Digest, artifact_type: str | None) -> Answer:
         """What refers to a manifest (end-12), as one page; raises ``RegistryError``."""
-        body, decision, warning = await self._list_of_referrers(target, subject)
+        body, decision, age, warning = await self._list_of_referrers(target, subject)
         headers = {}
         if artifact_type is not None:
             body = await self._threads.run(of_type, body, artifact_type)
             headers = {"OCI-Filters-Applied": "artifactType"}
-        return replace(_answer(body, OCI_INDEX, decision, headers), warning=warning)
+        return replace(_answer(body, OCI_INDEX, decision, headers), age=age, warning=warning)
 
-    async def _list_of_referrers(self, target: Target, subject: Digest) -> tuple[bytes, Decision, str | None]:
+    async def _list_of_referrers(self, target: Target, subject: Digest) -> tuple[bytes, Decision, float, str | None]:
         key = (target.upstream, target.repository, subject, target.asker.identity)
         known = await self._kept(target, subject)
         age = time.time() - known.checked if known else 0.0
         if known is not None and (0 <= age < _FRESH or not target.pull_policy.asks):
-            return known.body, "hit", None
+            return known.body, "hit", age, None
         if not target.pull_policy.asks:
             raise ManifestUnknown(never_pulled(f"what refers to {subject}", target.pull_policy))
         try:
-            return await self._referrers.run(key, lambda: self._ask_referrers(target, subject)), "miss", None
+            return await self._referrers.run(key, lambda: self._ask_referrers(target, subject)), "miss", 0.0, None
         except UpstreamFailing as failure:
             if known is None or not self._staleness.serves(max(0.0, age)):
                 raise
             self._metrics.stale.labels(target.upstream).inc()
             log.warning("the referrers of %s in %s are served stale: %s", subject, target.repository, failure.message)
-            return known.body, "stale", stale_warning(age, failure.message)
+            return known.body, "stale", age, stale_warning(age, failure.message)
 
     async def _kept(self, target: Target, subject: Digest) -> Listed | None:
         """What was last said; nothing, if it has rotted."""

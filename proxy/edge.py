@@ -20,7 +20,8 @@ from proxy.errors import NameUnknown, RegistryError, RequestInvalid, RequestTooL
 from proxy.handlers import CALLER, DECISION, Handler, authorization_of
 from proxy.logs import printable
 from proxy.metrics import Metrics
-from proxy.send import BODY_BYTES, COMMON_HEADERS, PRIVATE, TAKEN, BodyCut, cut
+from proxy.policy import decision_of
+from proxy.send import BODY_BYTES, COMMON_HEADERS, DECISION_HEADER, PRIVATE, TAKEN, BodyCut, cut
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("proxy.access")
@@ -78,7 +79,7 @@ class Edge:
             status = str(response.status)
         except RegistryError as failure:
             status, error = str(failure.status), failure.message
-            request[DECISION] = "error"
+            request[DECISION] = decision_of(failure)
             response = render(failure, identity)
             if isinstance(failure, RequestTooLarge | RequestInvalid):
                 response.force_close()
@@ -99,7 +100,9 @@ class Edge:
             if request.writer.output_size > 0:
                 cut(request, reset=True)
                 raise ConnectionResetError("failed after its headers") from failure
-            response = render(RegistryError("pullcache failed; its log tells more under this request's id"), identity)
+            fault = RegistryError("pullcache failed; its log tells more under this request's id")
+            request[DECISION] = decision_of(fault)
+            response = render(fault, identity)
         finally:
             self._metrics.requests.labels(kind, request[DECISION], status).inc()
             self._log(request, identity, status, error, time.monotonic() - began)
@@ -172,7 +175,8 @@ async def _ignore_body(request: web.BaseRequest) -> None:
 def render(error: RegistryError, identity: str) -> web.Response:
     """The JSON of an error (OCI distribution spec, "Error Codes"); the input is not repeated in it."""
     body = {"errors": [{"code": error.code, "message": printable(error.message, 1024), "detail": {"request": identity}}]}
-    headers = COMMON_HEADERS | PRIVATE | {"X-Request-Id": identity} | error.headers
+    described = {"X-Request-Id": identity, DECISION_HEADER: decision_of(error)}
+    headers = COMMON_HEADERS | PRIVATE | described | error.headers
     response = web.Response(
         status=error.status, body=json.dumps(body).encode(), content_type="application/json", headers=headers
     )

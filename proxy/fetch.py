@@ -238,7 +238,9 @@ class Fetcher:
         fill = self._fills.get(digest)
         if fill is not None and (fill.origin == origin or not own) and fill.spool.serves(start):
             self._metrics.followers.inc()
-            return fill.spool.attach(start, origin)
+            reader = fill.spool.attach(start, origin)
+            reader.follows = True
+            return reader
         spool = Spool(digest, self._store.spool())
         spool.size = size
         turn = self._turns.get((digest, origin), 0)

@@ -29,14 +29,14 @@ from proxy.policy import Routes, classify_accept, route
 from proxy.pull import Pull
 from proxy.ranges import Range, parse_range
 from proxy.rules import Rules
-from proxy.send import COMMON_HEADERS, send
+from proxy.send import COMMON_HEADERS, DECISION_HEADER, send
 from proxy.storage.store import Store
 from proxy.upstream.client import Upstream
 
 Handler = Callable[[web.BaseRequest, "Match[str]"], Awaitable[web.StreamResponse]]
 
 DECISION = web.RequestKey("decision", str)
-"""What was decided about a request, for its log line and the counters."""
+"""What was decided about a request (``policy.Decision``), for its log line and the counters; "none": nothing was."""
 
 CALLER = web.RequestKey("caller", Caller)
 """Who asks."""
@@ -98,7 +98,8 @@ class Handlers:
     async def base(self, request: web.BaseRequest, _: Match[str]) -> web.StreamResponse:
         """end-1: this is a registry."""
         self.gate.greet(authorization_of(request))
-        return web.json_response({}, headers=COMMON_HEADERS)
+        request[DECISION] = "hit"
+        return web.json_response({}, headers=COMMON_HEADERS | {DECISION_HEADER: "hit"})
 
     async def manifest(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """end-3: a manifest, by tag or digest."""

@@ -1,13 +1,22 @@
-"""Decisions, each a pure function: which upstream a request means, what to ask it for, what to say of what is stale."""
+"""Decisions, each a pure function: which upstream a request means, what to ask it for, what to say of the answer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from proxy.errors import NameInvalid, NameUnknown
+from proxy.errors import NameInvalid, NameUnknown, RegistryError, UpstreamFailing
 from proxy.manifests import MODERN
 from proxy.names import Repository, canonical_host, is_host_like, parse_repository, path_form, qualify
+
+Decision = Literal["hit", "revalidated", "refreshed", "miss", "followed", "stale", "negative", "denied"]
+"""What was decided about a request, in one word for clients, access log and figures.
+
+hit: held, nobody asked; revalidated: held, the upstream has just confirmed the tag; refreshed: the tag had moved, and the
+new one was got, or told of by HEAD; miss: not held, the upstream was asked; followed: a download that another had begun;
+stale: the upstream fails, what is held is served; negative, denied: errors, see ``decision_of``.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +81,26 @@ class Staleness:
 
 def stale_warning(age: float, failure: str) -> str:
     """What a client is told that is served what was true ``age`` seconds ago."""
-    return f"served from the cache, last confirmed {max(0, int(age))} s ago: {failure}"
+    return f"served from the cache, last confirmed {age_header(age)} s ago: {failure}"
+
+
+def decision_of(error: RegistryError) -> Decision:
+    """What was decided where a request ends in ``error``.
+
+    negative: there is none, or none to be had now, whoever asks: 404, 5xx, and whatever fails upstream, its limit of the
+    rate (429) and its no to this cache's own secret (403) among it. denied: not for this client (401, 403, a rule, too many
+    wrong credentials), or not a request that this cache answers (any other 4xx).
+    """
+    is_negative = isinstance(error, UpstreamFailing) or error.status == 404 or error.status >= 500
+    return "negative" if is_negative else "denied"
+
+
+_MOST_SECONDS = 2**31
+
+
+def age_header(age: float) -> str:
+    """``age`` (seconds) as ``Age`` states it: whole, and never negative, though clocks go back (RFC 9111, 5.1 and 1.2.2)."""
+    return str(int(min(max(0.0, age), _MOST_SECONDS)))
 
 
 @dataclass(frozen=True, slots=True)

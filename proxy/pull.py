@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from cachetools import LRUCache
 
-from proxy.answers import Answer, Decision, Target
+from proxy.answers import Answer, Target
 from proxy.credentials.credential import Identity
 from proxy.errors import BlobUnknown, Denied, ManifestGone, ManifestUnknown, RegistryError, UpstreamBroken, UpstreamFailing
 from proxy.fetch import VERIFIED_FIRST, Fetcher, Mismatch, Stream
@@ -25,7 +25,7 @@ from proxy.manifests import Manifest, ManifestInvalid, parse_manifest
 from proxy.metrics import Metrics
 from proxy.names import Digest, Reference, Repository, Tag, digest_of
 from proxy.once import Once
-from proxy.policy import Accept, Staleness, stale_warning
+from proxy.policy import Accept, Decision, Staleness, stale_warning
 from proxy.storage.base import InlineContent
 from proxy.storage.catalog import Tagged
 from proxy.storage.store import Store
@@ -49,10 +49,12 @@ class _Held:
     digest: Digest
     body: bytes
     media_type: str
+    stored: float = 0.0
+    """Seconds since the epoch; of what has just come 0."""
 
-    def answer(self, decision: Decision, *, changes: bool, warning: str | None = None) -> Answer:
+    def answer(self, decision: Decision, *, changes: bool, age: float = 0.0, warning: str | None = None) -> Answer:
         content = InlineContent(self.digest, self.body)
-        return Answer(self.digest, len(self.body), self.media_type, decision, content, changes, warning=warning)
+        return Answer(self.digest, len(self.body), self.media_type, decision, content, changes, warning=warning, age=age)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +101,14 @@ class Pull:
         """A manifest, verified; raises ``RegistryError``."""
         if isinstance(reference, Digest):
             if (held := await self._held_manifest(target, reference)) is not None:
-                return held.answer("hit", changes=False)
+                return held.answer("hit", changes=False, age=time.time() - held.stored)
             return (await self._get(target, reference, accept)).answer("miss", changes=False)
         known = self._store.tagged(target.key, target.repository, reference, accept.key)
         held = self._manifest(known.digest) if known else None
         if known is None or held is None:
             return (await self._get(target, reference, accept)).answer("miss", changes=True)
         if self._is_served_unasked(target, known):
-            return held.answer("hit", changes=True)
+            return held.answer("hit", changes=True, age=time.time() - known.checked)
         try:
             head = await self._ask_tag(target, reference, accept)
             if head.digest == held.digest and self._is_linked(target, held.digest):
@@ -116,7 +118,7 @@ class Pull:
                 fresh = known_one or await self._get(target, head.digest, accept)
             except ManifestUnknown as error:
                 raise UpstreamBroken(f"{target.upstream} contradicts itself: {error}") from error
-            return fresh.answer("miss", changes=True)
+            return fresh.answer("refreshed" if fresh.digest != held.digest else "revalidated", changes=True)
         except UpstreamFailing as failure:
             return self._stale(target, known, held, failure)
 
@@ -124,7 +126,7 @@ class Pull:
         """What a GET would bring, without it; asks upstream by HEAD where it must. Raises ``RegistryError``."""
         if isinstance(reference, Digest):
             if (held := await self._held_manifest(target, reference)) is not None:
-                return held.answer("hit", changes=False)
+                return held.answer("hit", changes=False, age=time.time() - held.stored)
             upstream = self._upstream_of(target, reference)
 
             def verify(told: Digest | None) -> None:
@@ -134,11 +136,11 @@ class Pull:
             head = await upstream.head_manifest(target.repository, reference, accept.sent, target.asker, verify)
             if not head.is_told:
                 return (await self._get(target, reference, accept)).answer("miss", changes=False)
-            return Answer(reference, head.size, head.media_type, "head", None)
+            return Answer(reference, head.size, head.media_type, "miss", None)
         known = self._store.tagged(target.key, target.repository, reference, accept.key)
         held = self._manifest(known.digest) if known else None
         if known is not None and held is not None and self._is_served_unasked(target, known):
-            return held.answer("hit", changes=True)
+            return held.answer("hit", changes=True, age=time.time() - known.checked)
         try:
             pointed = await self._ask_tag(target, reference, accept)
         except UpstreamFailing as failure:
@@ -147,7 +149,8 @@ class Pull:
             return self._stale(target, known, held, failure)
         if held is not None and pointed.digest == held.digest:
             return held.answer("revalidated", changes=True)
-        return Answer(pointed.digest, pointed.size, pointed.media_type, "head", None, changes=True)
+        decision: Decision = "miss" if held is None else "refreshed"
+        return Answer(pointed.digest, pointed.size, pointed.media_type, decision, None, changes=True)
 
     def _is_served_unasked(self, target: Target, known: Tagged) -> bool:
         policy, age = target.pull_policy, time.time() - known.checked
@@ -255,7 +258,7 @@ class Pull:
             raise failure
         self._metrics.stale.labels(target.upstream).inc()
         log.warning("a tag of %s is served stale: %s", target.repository, failure.message)
-        return held.answer("stale", changes=True, warning=stale_warning(age, failure.message))
+        return held.answer("stale", changes=True, age=age, warning=stale_warning(age, failure.message))
 
     def _mismatch(self, target: Target, text: str) -> UpstreamBroken:
         self._metrics.mismatches.labels(target.upstream).inc()
@@ -276,7 +279,7 @@ class Pull:
         is_proved = await self._may_read(target, digest)
         # From here to join there is no await: what ends being in flight is held before it leaves the table.
         if is_proved and (stored := self._store.open_blob(digest)) is not None:
-            return Answer(digest, stored.size, BLOB_TYPE, "hit", stored)
+            return Answer(digest, stored.size, BLOB_TYPE, "hit", stored, age=time.time() - stored.stored)
         own = own or not is_proved
         upstream = self._upstream_of(target, digest, BlobUnknown)
 
@@ -284,7 +287,6 @@ class Pull:
             return await upstream.open_blob(target.repository, digest, offset, attempt, target.asker)
 
         followed = self._fetcher.origin(digest)
-        decision: Decision = "miss" if followed is None else "follow"
         reader = self._fetcher.join(
             digest,
             origin,
@@ -309,18 +311,18 @@ class Pull:
         except BaseException:
             reader.close()
             raise
-        return Answer(digest, reader.size, BLOB_TYPE, decision, reader)
+        return Answer(digest, reader.size, BLOB_TYPE, "followed" if reader.follows else "miss", reader)
 
     async def blob_head(self, target: Target, digest: Digest) -> Answer:
         """The size of a blob; starts no download. Raises ``RegistryError``."""
         is_proved = await self._may_read(target, digest)
         if is_proved and (stored := self._store.open_blob(digest)) is not None:
-            return Answer(digest, stored.size, BLOB_TYPE, "hit", stored)
+            return Answer(digest, stored.size, BLOB_TYPE, "hit", stored, age=time.time() - stored.stored)
         size = self._store.size_of(target.key, target.repository, digest)
         if is_proved and size is not None and self._is_named(target, digest):
             return Answer(digest, size, BLOB_TYPE, "hit", None)
         size = await self._upstream_of(target, digest, BlobUnknown).head_blob(target.repository, digest, target.asker)
-        return Answer(digest, size, BLOB_TYPE, "head", None)
+        return Answer(digest, size, BLOB_TYPE, "miss", None)
 
     async def _may_read(self, target: Target, digest: Digest) -> bool:
         """Proves the link of what is held or in flight, by one HEAD. What is neither is proved by the GET that brings it.

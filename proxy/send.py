@@ -22,6 +22,7 @@ from aiohttp.abc import AbstractStreamWriter
 from proxy.answers import Answer
 from proxy.errors import CacheFailing, RegistryError
 from proxy.metrics import Metrics
+from proxy.policy import Decision, age_header
 from proxy.ranges import Range, Span
 from proxy.storage.base import Content, FileSpan
 
@@ -53,6 +54,10 @@ COMMON_HEADERS = {
 """On every response."""
 
 
+DECISION_HEADER = "Pullcache-Decision"
+"""On every response of the registry API: one word of ``policy.Decision``."""
+
+
 PRIVATE = {"Cache-Control": "private, no-store", "Vary": "Authorization, Accept"}
 """On what is for one client only: errors, and whatever was served after a right was checked."""
 
@@ -66,6 +71,8 @@ def headers_of(answer: Answer) -> dict[str, str]:
         "ETag": f'"{answer.digest}"',
         "Accept-Ranges": "bytes",
         "Cache-Status": f"pullcache; {_CACHE_STATUS[answer.decision]}",
+        DECISION_HEADER: answer.decision,
+        "Age": age_header(answer.age),
     }
     if answer.is_private:
         headers |= PRIVATE
@@ -79,13 +86,12 @@ def headers_of(answer: Answer) -> dict[str, str]:
     return headers
 
 
-_CACHE_STATUS = {  # RFC 9211
+_CACHE_STATUS: dict[Decision, str] = {  # RFC 9211; an error has none
     "hit": "hit",
     "revalidated": "hit; detail=revalidated",
-    "miss": "fwd=miss; stored",
-    "follow": "fwd=miss; collapsed",
-    "head": "fwd=method",
-    "pass": "fwd=bypass",
+    "refreshed": "fwd=stale",
+    "miss": "fwd=miss",
+    "followed": "fwd=miss; collapsed",
     "stale": "hit; detail=stale",
 }
 

@@ -193,6 +193,7 @@ class SpoolReader:
         self._spool = spool
         self._origin = origin
         self.position = start
+        self.follows = False  # whether another client had begun the download
 
     @property
     def digest(self) -> Digest:

@@ -66,6 +66,11 @@ class StoredBlob:
         self.size = size
         self.descriptor = descriptor
 
+    @property
+    def stored(self) -> float:
+        """When it was stored (seconds since the epoch)."""
+        return os.fstat(self.descriptor).st_mtime
+
     async def read(self, start: int, stop: int | None) -> AsyncIterator[Piece]:
         """The bytes as one span of the file."""
         end = self.size if stop is None else stop

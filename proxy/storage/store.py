@@ -108,19 +108,19 @@ class Store:
         entry = self._read(lambda: self._catalog.blob(digest))
         return entry[0] if entry else None
 
-    def manifest(self, digest: Digest) -> tuple[bytes, str] | None:
-        """Bytes and media type of a manifest that is held."""
+    def manifest(self, digest: Digest) -> tuple[bytes, str, float] | None:
+        """Bytes and media type of a manifest that is held, and when it was stored (seconds since the epoch)."""
         entry = self._read(lambda: self._catalog.blob(digest))
         if entry is None or entry[1] is None or (blob := self.open_blob(digest)) is None:
             return None
         try:
-            body = os.pread(blob.descriptor, blob.size, 0)
+            body, stored = os.pread(blob.descriptor, blob.size, 0), blob.stored
         except OSError:
             return None
         finally:
             blob.close()
         # The whole is in memory anyway, so rot is seen here and not at the client.
-        return (body, entry[1]) if digest.matches(body) else None
+        return (body, entry[1], stored) if digest.matches(body) else None
 
     def size_of(self, upstream: str, repository: Repository, digest: Digest) -> int | None:
         """The size as held manifests of that repository state it."""

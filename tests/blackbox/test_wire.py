@@ -176,6 +176,7 @@ HOSTILE = [
     ],
     *[("X-Long", CANARY * 1000), ("X-Bits", f"{CANARY}\xff\x80"), ("Content-Language", CANARY), ("Retry-After", CANARY)],
     *[("ETag", f'"{CANARY}"'), ("Last-Modified", CANARY), ("Age", CANARY), ("Strict-Transport-Security", CANARY)],
+    ("Pullcache-Decision", CANARY),
 ]
 
 

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import proxy.app  # every module, and so every class of error
 from proxy.errors import NameInvalid, NameUnknown, RegistryError
 from proxy.manifests import DOCKER_LIST, DOCKER_MANIFEST, MODERN, OCI_INDEX, OCI_MANIFEST
-from proxy.policy import Route, Routes, classify_accept, route
+from proxy.policy import Route, Routes, age_header, classify_accept, decision_of, route
 
 SCHEMA1 = (
     "application/vnd.docker.distribution.manifest.v1+prettyjws",
@@ -200,3 +201,61 @@ def test_clients_share_an_answer_only_if_they_take_the_same(one: list[str], othe
 @given(st.lists(st.text(max_size=40), max_size=5))
 def test_no_accept_line_puts_its_own_words_upstream(lines: list[str]) -> None:
     assert set(classify_accept(lines).sent.split(", ")) <= set(MODERN)
+
+
+# --- what is said of an answer ---
+
+NEGATIVE = {
+    *("RegistryError", "NameUnknown", "ManifestUnknown", "BlobUnknown", "LoopDetected", "CacheFailing"),
+    *("UpstreamFailing", "UpstreamUnavailable", "UpstreamBroken", "UpstreamIntercepted", "UpstreamRefused"),
+    *("SecretRefused", "ManifestGone", "TooManyRequests", "Mismatch", "_OtherSize", "RealmRefused", "Dropped", "Garbled"),
+}
+"""There is none, or none to be had now."""
+
+DENIED = {
+    *("Denied", "CredentialRefused", "Withdrawn", "Unauthorized", "TooManyAttempts"),
+    *("NameInvalid", "DigestInvalid", "PaginationNumberInvalid", "Unsupported", "RangeInvalid", "RequestTooLarge"),
+    "RequestInvalid",
+}
+"""Not for this client, or nothing that this cache answers."""
+
+
+def kinds_of(error: type[RegistryError]) -> dict[str, type[RegistryError]]:
+    """A class of errors and all that are made of it, by name."""
+    below = [kinds_of(kind) for kind in error.__subclasses__()]
+    return {error.__name__: error} | {name: kind for kinds in below for name, kind in kinds.items()}
+
+
+KINDS = {name: kind for name, kind in kinds_of(RegistryError).items() if kind.__module__.startswith(f"{proxy.__name__}.")}
+
+
+def test_of_every_error_it_is_decided_what_it_is_called() -> None:
+    assert not NEGATIVE & DENIED
+    assert set(KINDS) == NEGATIVE | DENIED
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_an_error_is_negative_or_denied(name: str) -> None:
+    """Nobody gets it now, or this client does not: ``SecretRefused`` and ``TooManyRequests`` are about the cache's own
+    standing with the upstream, ``TooManyAttempts`` about the client's with the cache."""
+    error = KINDS[name].__new__(KINDS[name])
+    assert decision_of(error) == ("negative" if name in NEGATIVE else "denied")
+
+
+@pytest.mark.parametrize(
+    ("age", "stated"),
+    [
+        (0.0, "0"),
+        (0.999, "0"),
+        (59.9, "59"),
+        (-0.5, "0"),
+        (-1e9, "0"),
+        (1e12, "2147483648"),
+        (float("inf"), "2147483648"),
+        (float("-inf"), "0"),
+        (float("nan"), "0"),
+    ],
+)
+def test_age_is_whole_seconds_and_never_negative(age: float, stated: str) -> None:
+    """RFC 9111, 5.1; more than 2^31 is said to be that (1.2.2)."""
+    assert age_header(age) == stated
