@@ -10,7 +10,7 @@ from pathlib import Path
 MAX_BYTES = 4 * 1024 * 1024
 
 
-def read(path: Path) -> bytes:
+def read(path: Path, limit: int = MAX_BYTES) -> bytes:
     """What the file holds; raises ``OSError``, also where it is no file: a FIFO would hold us until somebody writes."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -19,8 +19,8 @@ def read(path: Path) -> bytes:
         content = b""
         while data := os.read(descriptor, MAX_BYTES):
             content += data
-            if len(content) > MAX_BYTES:
-                raise OSError(errno.EFBIG, "it is larger than 4 MiB", str(path))
+            if len(content) > limit:
+                raise OSError(errno.EFBIG, f"it is larger than {limit // 1024 // 1024} MiB", str(path))
         return content
     finally:
         os.close(descriptor)

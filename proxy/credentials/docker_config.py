@@ -75,10 +75,10 @@ def parse_file(text: bytes, source: str) -> DockerConfig:
     """Either of these, or a Secret's manifest as kubectl writes it (YAML or JSON), told apart by what is in it; raises
     ``SecretInvalid``."""
     if not _is_json(text):
-        return _secret(_yaml_mapping(text, source), source)
+        return parse_secret(_yaml_mapping(text, source), source)
     content = _json_object(text, source)
     if isinstance(content.get("kind"), str):
-        return _secret(content, source)
+        return parse_secret(content, source)
     if {name.lower() for name in content} & {"auths", "credhelpers", "credsstore"}:
         return _docker_config(content, source)
     return _dockercfg(content, source)
@@ -144,7 +144,7 @@ def _decode_base64(text: str) -> bytes | None:
     return binascii.a2b_base64(text + "=" * (-len(text) % 4)) if _BASE64.fullmatch(text) else None
 
 
-def _secret(content: Mapping[str, object], source: str) -> DockerConfig:
+def parse_secret(content: Mapping[str, object], source: str) -> DockerConfig:
     if content.get("kind") != "Secret":
         _refuse(f"{source}: neither a Docker configuration nor a Secret (kind: Secret)")
     match content.get("type"):
