@@ -142,9 +142,16 @@ class UpstreamUnavailable(UpstreamFailing):
 
 
 class UpstreamBroken(UpstreamFailing):
-    """An answer that is no use: 5xx, wrong bytes, wrong length, not a registry at all."""
+    """An answer that is no use: 5xx, wrong bytes, wrong length, not a registry at all.
+
+    ``retry_after``: the ``Retry-After`` of a 503, for our own patience; no client is told it.
+    """
 
     code, status = "UNKNOWN", 502
+
+    def __init__(self, message: str, *, headers: dict[str, str] | None = None, retry_after: str = "") -> None:
+        super().__init__(message, headers=headers)
+        self.retry_after = retry_after
 
 
 class UpstreamIntercepted(UpstreamBroken):

@@ -80,6 +80,43 @@ def explain(image: str, admin: str, token_file: Path | None, ca_file: Path | Non
     sys.exit(run(image, admin, token_file, ca_file))
 
 
+@main.command()
+@click.argument("refs", metavar="[REF]...", nargs=-1)
+@click.option(
+    "-f", "--filename", "names", metavar="FILE|DIR|-", multiple=True, help="Kubernetes manifests, or a kustomization."
+)
+@click.option(
+    "--platform", "platforms", metavar="OS/ARCH", multiple=True, help="Or 'all'. Without it: that of this machine."
+)
+@click.option("--check", is_flag=True, help="Only says what is missing; pulls nothing.")
+@click.option("--server", metavar="URL", help="The pullcache.  [default: http://127.0.0.1:5000]")
+@click.option("--config", "file", type=_FILE, help="Its configuration, which says where it is.")
+@click.option("--ca-file", type=_FILE, help="The CA of its certificate, where that is none of the system's.")
+@click.option("--admin", metavar="ADDRESS", help="Its admin address, which says what is held.  [default: as --server says]")
+@click.option("--token-file", type=_FILE, help="Holds what adminListener.tokenFile holds.")
+def warm(
+    refs: tuple[str, ...],
+    names: tuple[str, ...],
+    platforms: tuple[str, ...],
+    check: bool,
+    server: str | None,
+    file: Path | None,
+    ca_file: Path | None,
+    admin: str | None,
+    token_file: Path | None,
+) -> None:
+    """Fetches images into a running pullcache: each REF, and all those of Kubernetes manifests, with the imagePullSecrets
+    that stand there. 0: all are held; 1: some are not."""
+    if not refs and not names:
+        raise click.UsageError("nothing to do: give an image, or manifests with -f")
+    if server and file:
+        raise click.UsageError("--server and --config exclude each other")
+    config = _load(file) if file else None
+    from proxy.cli.warm import Where, run
+
+    sys.exit(run(refs, names, platforms, check, Where(server, config, ca_file, admin, token_file)))
+
+
 def _load(file: Path | None, overrides: dict[str, object] | None = None) -> Config:
     import asyncio
 

@@ -8,7 +8,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.parse import quote
+from urllib.parse import urlencode
 from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
 
 import click
@@ -20,28 +20,37 @@ _MOST = 1024 * 1024
 
 def run(image: str, admin: str, token_file: Path | None = None, ca_file: Path | None = None) -> int:
     """The exit code: 0 where the image is one of the cache's and allowed, else 1."""
-    url = admin if "://" in admin else f"http://{admin}"
-    request = Request(f"{url}/explain?image={quote(image, safe='')}")  # noqa: S310 - the operator's own address
     try:
-        found = _asked(request, token_file, ca_file)
-    except _Unasked as error:
+        found = ask(image, admin, token_file, ca_file)
+    except Unasked as error:
         click.echo(f"cannot explain: {error}", err=True)
-        return 1
-    except HTTPError as error:
-        wanted = f"{token_file} does not hold its token" if token_file else "it wants its token; give --token-file"
-        click.echo(f"cannot explain: {admin}: {wanted if error.code == 401 else f'it answered {error.code}'}", err=True)
-        return 1
-    except (URLError, OSError, ValueError, HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
-        click.echo(f"cannot explain: {admin} cannot be asked: {reason}; {_hint(url, reason)}", err=True)
         return 1
     for line in lines(found):
         click.echo(line)
     return 0 if found.get("allowed") else 1
 
 
-class _Unasked(Exception):
-    """A file that was given cannot be used."""
+class Unasked(Exception):
+    """There is no answer; the text says why, and what to do."""
+
+
+def ask(
+    image: str, admin: str, token_file: Path | None = None, ca_file: Path | None = None, platform: str = ""
+) -> dict[str, Any]:
+    """What a running pullcache says of an image, of one platform where one is given; raises ``Unasked``. Blocks."""
+    url = admin if "://" in admin else f"http://{admin}"
+    query = urlencode({"image": image} | ({"platform": platform} if platform else {}))
+    try:
+        found = _asked(Request(f"{url}/explain?{query}"), token_file, ca_file)  # noqa: S310 - the operator's own address
+    except HTTPError as error:
+        wanted = f"{token_file} does not hold its token" if token_file else "it wants its token; give --token-file"
+        raise Unasked(f"{admin}: {wanted if error.code == 401 else f'it answered {error.code}'}") from error
+    except (URLError, OSError, ValueError, HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise Unasked(f"{admin} cannot be asked: {reason}; {_hint(url, reason)}") from error
+    if not isinstance(found, dict):
+        raise Unasked(f"{admin} does not answer as a pullcache; {_hint(url, None)}")
+    return found
 
 
 def _asked(request: Request, token_file: Path | None, ca_file: Path | None) -> Any:
@@ -51,7 +60,7 @@ def _asked(request: Request, token_file: Path | None, ca_file: Path | None) -> A
         tls = ssl.create_default_context(cafile=ca_file)
     except (OSError, ValueError) as error:
         file = getattr(error, "filename", None) or ca_file or token_file
-        raise _Unasked(f"{file}: cannot be used: {getattr(error, 'strerror', None) or error}") from error
+        raise Unasked(f"{file}: cannot be used: {getattr(error, 'strerror', None) or error}") from error
     with build_opener(ProxyHandler({}), HTTPSHandler(context=tls)).open(request, timeout=SECONDS) as answer:
         return json.loads(answer.read(_MOST))
 

@@ -194,11 +194,16 @@ class Upstream:
         verify: Verify[ManifestBody, T],
         *,
         authority_only: bool = False,
+        no_cache: bool = False,
     ) -> T:
-        """What ``verify`` makes of a manifest; where it refuses, the next endpoint is asked. Raises ``RegistryError``."""
+        """What ``verify`` makes of a manifest; where it refuses, the next endpoint is asked. Raises ``RegistryError``.
+
+        ``no_cache``: a cache that is asked must ask in its turn (RFC 9111 section 5.2.1.4).
+        """
         shown = await self._exchange.prepare(repository, asker)
 
-        request = Request("GET", f"/v2/{repository}/manifests/{reference}", repository, {"Accept": accept})
+        headers = {"Accept": accept} | ({"Cache-Control": "no-cache"} if no_cache else {})
+        request = Request("GET", f"/v2/{repository}/manifests/{reference}", repository, headers)
 
         async def ask(where: Where) -> T:
             async with self._reply(where, request, shown) as reply:

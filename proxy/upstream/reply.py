@@ -204,7 +204,9 @@ class Reply:
             )
         if status in (401, 403):
             raise UpstreamIntercepted(f"{text}, which is no registry's refusal; is a firewall or a login page in between?")
-        raise UpstreamRefused(text) if 400 <= status < 500 else UpstreamBroken(text)
+        if 400 <= status < 500:
+            raise UpstreamRefused(text)
+        raise UpstreamBroken(text, retry_after=self.headers.get("Retry-After", "") if status == 503 else "")
 
     async def _said(self) -> _Said:
         if self._response.method == "HEAD":  # without a body the headers have to tell

@@ -25,7 +25,7 @@ ROWS = (
     {"edge"},  # edge stands above handlers: it calls them, and takes DECISION and Handler from there
     {"handlers"},
     {"send"},
-    {"explain", "pull", "discovery"},
+    {"explain", "pull", "discovery", "warm"},
     {"kubernetes_files"},
     {"kustomize"},
     {"kubernetes"},
@@ -35,7 +35,7 @@ ROWS = (
     {"policy", "image_pull_policy", "upstream/*", "storage/*"},
     {"backoff"},
     {"credentials/*"},  # storage and upstream know whose a link or a request is, and nothing of who may read
-    {"listings", "configfile", "rules", "documents"},
+    {"listings", "configfile", "rules", "documents", "platforms"},
     {"config", "manifests", "watch"},
     {"values"},
     {"names", "ranges", "once", "threads", "certificates", "files"},
@@ -48,6 +48,7 @@ FOREIGN = {
     "aiohttp": {"upstream/*", "send", "listener", "edge", "handlers", "admin", "app", "serve"},
     "sqlite3": {"storage/*"},
     "click": {"cli/*"},
+    "tqdm": {"cli/warm"},
     "yaml": {"configfile", "documents", "credentials/docker_config", "credentials/providers"},
     "pydantic": {"config", "configfile", "values"},
     "prometheus_client": {"metrics", "upstream/*"},
@@ -60,6 +61,7 @@ PURE = (
     "names",
     "ranges",
     "manifests",
+    "platforms",
     "listings",
     "policy",
     "backoff",
