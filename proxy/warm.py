@@ -23,6 +23,7 @@ from proxy.manifests import INDEXES, MODERN, Descriptor, Manifest, ManifestInval
 from proxy.metrics import Metrics
 from proxy.names import Digest, ImageName, Reference, Repository, digest_of, path_form
 from proxy.platforms import Platform, select
+from proxy.upstream.auth import RealmRefused
 from proxy.upstream.client import ManifestBody, Upstream
 
 PODS_AT_ONCE = 4
@@ -173,13 +174,18 @@ class Warmer:
         if wanted.policy == "Never" or self._check:
             missing = "what is held is not known" if held is None else f"missing ({held.missing} blobs)"
             return False, missing if self._check else f"ErrImageNeverPull: {missing}"
-        failures: dict[str, RegistryError] = {}
+        failures: dict[str, None] = {}
         for credential in wanted.credentials or (None,):
             try:
                 return True, await self._pull(wanted, credential, image)
             except RegistryError as error:
-                failures[error.message] = error
+                failures[self._told(error)] = None
         raise UpstreamBroken("; ".join(failures))
+
+    def _told(self, error: RegistryError) -> str:
+        if isinstance(error.__cause__, RealmRefused):  # whose advice is for the configuration of a cache
+            return f"the cache gives its tokens elsewhere than at {self._server.url}; let --server be what externalURL says"
+        return error.message
 
     async def _pull(self, wanted: Wanted, credential: Credential | None, image: _Pull) -> str:
         upstream = self._upstream(wanted.name.host)

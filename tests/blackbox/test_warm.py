@@ -282,6 +282,18 @@ async def test_each_pod_shows_the_secrets_that_are_its_own(private: PrivateRegis
         assert account.password not in outcome.table + outcome.said
 
 
+async def test_a_server_that_gives_its_tokens_elsewhere_is_to_be_named_as_there(
+    private: PrivateRegistry, tmp_path: Path
+) -> None:
+    """No secret goes to an address that the user has not named."""
+    fill(private)
+    manifests = dump(a_pod("it", f"{UPSTREAM}/{APP}:1", secrets=("alices",)), a_secret("alices", ALICE))
+    async with verifying(tmp_path / "cache", with_access(private, "verify")) as url:
+        outcome = await warm(url.replace("127.0.0.1", "localhost"), "-f", "-", stdin=manifests)
+    assert (outcome.code, "let --server be what externalURL says" in outcome.row(APP)) == (1, True), outcome
+    assert not private.shown()
+
+
 async def test_images_of_a_pod_come_in_turn_and_pods_at_the_same_time(
     registry: ScriptedRegistry, cache: RunningCache
 ) -> None:
