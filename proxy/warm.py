@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from proxy.config import PullPolicy, UpstreamConfig
+from proxy.config import BackoffConfig, PullPolicy, UpstreamConfig
 from proxy.credentials.credential import Asker, Credential, Found, Identity
 from proxy.errors import NameUnknown, RegistryError, UpstreamBroken, UpstreamFailing, UpstreamUnavailable
 from proxy.kubernetes import PodPull
@@ -33,6 +33,8 @@ _SILENCE = 120.0
 _OPENS = 5
 _NESTING = 4
 _TIMEOUTS = {"connect": "5s", "headers": "60s", "token": "30s"}  # the cache asks its upstream meanwhile
+
+_ASK_AGAIN = BackoffConfig.model_validate({"initial": "0s", "notFound": "0s", "refused": "0s"})  # the cache itself remembers
 
 T = TypeVar("T")
 
@@ -218,7 +220,7 @@ class Warmer:
                 config = UpstreamConfig.model_validate(self._server.section(host))
             except ValueError:
                 raise NameUnknown(f"{host} is no registry that a cache could have") from None
-            self._upstreams[host] = Upstream(config, self._metrics, "pullcache-warm", _no_secrets)
+            self._upstreams[host] = Upstream(config, self._metrics, "pullcache-warm", _no_secrets, _ASK_AGAIN)
         return self._upstreams[host]
 
     async def _tree(
