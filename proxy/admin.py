@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ _JSON = "application/json"
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _SHORTEST = 16
 
-Explain = Callable[[str], Awaitable[dict[str, Any]]]
+Explain = Callable[[str, str], Awaitable[dict[str, Any]]]
 
 
 class AdminTokenUnusable(Exception):
@@ -66,7 +66,8 @@ class AdminToken:
 def listener(
     metrics: Metrics, is_ready: Callable[[], bool], explain: Explain | None = None, token: AdminToken | None = None
 ) -> Listener:
-    """``/healthz``: the event loop turns; ``/readyz``: no stop was asked for; ``/metrics``; ``/explain?image=``."""
+    """``/healthz``: the event loop turns; ``/readyz``: no stop was asked for; ``/metrics``; ``/explain?image=``, and
+    perhaps ``&platform=``."""
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         path = request.rel_url.raw_path
@@ -84,15 +85,15 @@ def listener(
         elif path == "/metrics":
             status, body, kind = 200, metrics.render(), _PROMETHEUS
         elif path == "/explain" and explain is not None:
-            status, body, kind = 200, await _explanation(explain, request.rel_url.query.get("image", "")), _JSON
+            status, body, kind = 200, await _explanation(explain, request.rel_url.query), _JSON
         return web.Response(status=status, body=body, headers=headers | {"Content-Type": kind})
 
     return Listener(answer, metrics)
 
 
-async def _explanation(explain: Explain, image: str) -> bytes:
+async def _explanation(explain: Explain, query: Mapping[str, str]) -> bytes:
     try:
-        found = await explain(image)
+        found = await explain(query.get("image", ""), query.get("platform", ""))
     except RegistryError as error:
         found = {"error": error.message}
     return json.dumps(found, indent=1).encode() + b"\n"

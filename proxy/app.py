@@ -149,7 +149,7 @@ async def build(config: Config) -> AsyncIterator[Cache]:
             stack.push_async_callback(_end, asyncio.create_task(task))
         tls = _tls_of("listener", config.listener, watch, threads)
         admin_tls = _tls_of("adminListener", config.admin_listener, watch, threads)
-        explain = Explain(handlers.routes, upstreams, handlers.rules, policies, pull_secrets)
+        explain = Explain(handlers.routes, upstreams, handlers.rules, policies, staleness, pull_secrets, store)
 
         def reload() -> None:
             pull_secrets.renew()

@@ -20,7 +20,7 @@ from proxy.answers import Answer, Target
 from proxy.credentials.credential import Asker, Identity
 from proxy.discovery import Discovery, Named
 from proxy.errors import Denied, LoopDetected, NameUnknown, RequestTooLarge, Unauthorized, UpstreamFailing
-from proxy.image_pull_policy import PullDecision, PullPolicies, never_pulled
+from proxy.image_pull_policy import PullDecision, PullPolicies, anew, never_pulled
 from proxy.listings import parse_query
 from proxy.logs import printable
 from proxy.metrics import Metrics
@@ -173,7 +173,7 @@ class Handlers:
         if not verdict.allowed:
             self.metrics.rule_hits.labels(verdict.rule, "denied").inc()
             raise Denied(f"{image} may not be pulled: the rule '{verdict.rule}' of this cache denies it")
-        policy = self.policies.decide(image, reference)
+        policy = anew(self.policies.decide(image, reference), request.headers.getall("Cache-Control", []))
         return Asked(self.upstreams[routed.upstream], routed.repository, name, printable(via, _MAX_VIA), policy)
 
     async def _answer(

@@ -76,6 +76,13 @@ class PullPolicies:
         )
 
 
+def anew(decision: PullDecision, cache_control: Sequence[str]) -> PullDecision:
+    """What becomes of it where a client wants what is held to be confirmed (``no-cache``, RFC 9111 section 5.2.1.4), as
+    ``pullcache warm`` does for a pod that is ``Always``. What is never asked for is not asked for then, either."""
+    wants = any(part.strip().lower() == "no-cache" for line in cache_control for part in line.split(","))
+    return PullDecision("Always", "the client sent Cache-Control: no-cache") if wants and decision.asks else decision
+
+
 def never_pulled(what: str, decision: PullDecision) -> str:
     """What a client is told that wants what is not here, or not proved to be its to read, where nobody may be asked."""
     return f"ErrImageNeverPull: {what} is not held for this client, and no registry is asked: {decision.why}"

@@ -70,12 +70,17 @@ def select(manifest: Manifest, body: bytes, wanted: Platform) -> tuple[Digest, .
     """The manifests in an index that are for a platform: the one of the best variant, or all; raises ``ManifestUnknown``."""
     if wanted == ALL:
         return tuple(dict.fromkeys(child.digest for child in manifest.children))
-    listed = [(_platform(item), child.digest) for item, child in zip(_items(body), manifest.children, strict=True)]
+    listed = platforms(manifest, body)
     fitting = [(platform.rank or 0, digest) for platform, digest in listed if platform and wanted.runs(platform)]
     if not fitting:
         known = ", ".join(dict.fromkeys(printable(str(platform), 64) for platform, _ in listed if platform)) or "none"
         raise ManifestUnknown(f"there is no manifest for {wanted} in it; the platforms in it: {printable(known, 512)}")
     return (max(fitting, key=lambda each: each[0])[1],)
+
+
+def platforms(manifest: Manifest, body: bytes) -> list[tuple[Platform | None, Digest]]:
+    """The manifests in an index, and what each is for; None where it does not say."""
+    return [(_platform(item), child.digest) for item, child in zip(_items(body), manifest.children, strict=True)]
 
 
 def _items(body: bytes) -> list[Any]:

@@ -174,7 +174,8 @@ class Warmer:
             if held is not None and held.complete:
                 return True, "already held"
         if wanted.policy == "Never" or self._check:
-            missing = "what is held is not known" if held is None else f"missing ({held.missing} blobs)"
+            parts = f" ({held.missing} of its parts)" if held and held.missing else ""
+            missing = "what is held is not known" if held is None else f"missing{parts}"
             return False, missing if self._check else f"ErrImageNeverPull: {missing}"
         failures: dict[str, None] = {}
         for credential in wanted.credentials or (None,):

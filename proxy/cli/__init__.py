@@ -70,14 +70,29 @@ def health(admin: str) -> None:
 
 @main.command()
 @click.argument("image")
-@click.option("--admin", metavar="ADDRESS", default="127.0.0.1:5001", show_default=True, help="Its admin address, or a URL.")
+@click.option("--config", "file", type=_FILE, help="Its configuration, which says where it is, and what it would do.")
+@click.option("--admin", metavar="ADDRESS", help="Its admin address, or a URL.  [default: as --config says]")
 @click.option("--token-file", type=_FILE, help="Holds what adminListener.tokenFile holds.")
 @click.option("--ca-file", type=_FILE, help="The CA of its certificate, where that is none of the system's.")
-def explain(image: str, admin: str, token_file: Path | None, ca_file: Path | None) -> None:
-    """Says what a running pullcache would do about an IMAGE: upstream, access, rules, and which credential it would show."""
-    from proxy.cli.explain import run
+@click.option("--platform", default="", metavar="OS/ARCH", help="Which has to be held. Without it: any.")
+@click.option("--json", "as_json", is_flag=True, help="For programs: what the admin address answers.")
+def explain(
+    image: str,
+    file: Path | None,
+    admin: str | None,
+    token_file: Path | None,
+    ca_file: Path | None,
+    platform: str,
+    as_json: bool,
+) -> None:
+    """Says what pullcache would do about an IMAGE, and why: upstream, rules, policy, what is held, how its registry does.
 
-    sys.exit(run(image, admin, token_file, ca_file))
+    A running one is asked; where none runs, it is told from the configuration and the cache directory.
+    """
+    config = _load(file) if file else None
+    from proxy.cli.explain import Admin, run
+
+    sys.exit(run(image, Admin(admin, config, token_file, ca_file), platform, as_json=as_json))
 
 
 @main.command()

@@ -1,37 +1,100 @@
-"""``pullcache explain``: asks a running pullcache what it would do about an image, and says it for people."""
+"""``pullcache explain``: what a pullcache would do about an image, for people; it is asked where it runs."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import ssl
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode
 from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
 
 import click
 
+from proxy.values import Address
+
+if TYPE_CHECKING:
+    from proxy.config import Config
+
+ADMIN = "127.0.0.1:5001"
+_EVERY = ("", "0.0.0.0", "::")  # noqa: S104 - told apart, not bound
 SECONDS = 30.0
 """A plugin that gives credentials may take its time."""
 _MOST = 1024 * 1024
 
 
-def run(image: str, admin: str, token_file: Path | None = None, ca_file: Path | None = None) -> int:
+@dataclass(frozen=True, slots=True)
+class Admin:
+    """Where operators ask, as one says it: an address, or the configuration of the pullcache that is meant."""
+
+    address: str | None = None
+    config: Config | None = None
+    token_file: Path | None = None
+    ca_file: Path | None = None
+
+    @property
+    def url(self) -> str:
+        """Its address; the default one where none is said."""
+        if self.address is not None or self.config is None:
+            return self.address or ADMIN
+        scheme = "https" if self.config.admin_listener.tls_cert_file else "http"
+        return f"{scheme}://{reachable(self.config.admin)}"
+
+    @property
+    def token(self) -> Path | None:
+        """The file of its token."""
+        return self.token_file or (self.config.admin_listener.token_file if self.config else None)
+
+
+def run(image: str, admin: Admin, platform: str, *, as_json: bool) -> int:
     """The exit code: 0 where the image is one of the cache's and allowed, else 1."""
     try:
-        found = ask(image, admin, token_file, ca_file)
+        found = ask(image, admin.url, admin.token, admin.ca_file, platform)
     except Unasked as error:
-        click.echo(f"cannot explain: {error}", err=True)
-        return 1
-    for line in lines(found):
+        if not error.is_nobody or admin.address is not None:
+            click.echo(f"cannot explain: {error}", err=True)
+            return 1
+        click.echo(f"{error}: told from the configuration and the cache directory alone", err=True)
+        try:
+            found = asyncio.run(_alone(admin.config, image, platform))
+        except _refusals() as refusal:
+            click.echo(f"cannot explain: {refusal}", err=True)
+            return 1
+    for line in [json.dumps(found, indent=1)] if as_json else lines(found):
         click.echo(line)
     return 0 if found.get("allowed") else 1
 
 
+async def _alone(config: Config | None, image: str, platform: str) -> dict[str, Any]:
+    """The explanation of a pullcache that does not run; raises what refuses its start."""
+    from proxy import app
+    from proxy.configfile import validate
+
+    async with app.build(config or validate({})) as cache:
+        return await cache.explain(image, platform)
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    from proxy.cli.serve import REFUSALS
+
+    return REFUSALS
+
+
+def reachable(address: Address) -> str:
+    """Where this machine finds a listener: one on every interface on loopback."""
+    return str(Address("127.0.0.1" if address.host in _EVERY else address.host, address.port))
+
+
 class Unasked(Exception):
-    """There is no answer; the text says why, and what to do."""
+    """There is no answer; the text says why, and what to do. ``is_nobody``: nobody listens there."""
+
+    def __init__(self, text: str, *, is_nobody: bool = False) -> None:
+        super().__init__(text)
+        self.is_nobody = is_nobody
 
 
 def ask(
@@ -47,7 +110,8 @@ def ask(
         raise Unasked(f"{admin}: {wanted if error.code == 401 else f'it answered {error.code}'}") from error
     except (URLError, OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise Unasked(f"{admin} cannot be asked: {reason}; {_hint(url, reason)}") from error
+        is_nobody = isinstance(reason, ConnectionRefusedError)
+        raise Unasked(f"{admin} cannot be asked: {reason}; {_hint(url, reason)}", is_nobody=is_nobody) from error
     if not isinstance(found, dict):
         raise Unasked(f"{admin} does not answer as a pullcache; {_hint(url, None)}")
     return found
@@ -80,6 +144,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         return [*told, f"error       {found['error']}"]
     upstream = found["upstream"]
     told.append(f"upstream    {upstream['name']} at {', then '.join(upstream['endpoints'])}")
+    told.append(f"            by {upstream['routing']}")
     told.append(f"access      {found['access']}")
     allowed = "allowed" if found["allowed"] else "denied"
     told.append(f"rules       {allowed}" + (f" by '{found['rule']}'" if found["rule"] else ", no rule matches"))
@@ -88,7 +153,42 @@ def lines(found: dict[str, Any]) -> list[str]:
     policy = found["imagePullPolicy"]
     again = f"; asked for again after {policy['maxAge']:g} s" if policy["maxAge"] is not None else ""
     told.append(f"policy      {policy['policy']}: {policy['why']}{again}")
+    told += _held_lines(found["held"], found["fresh"])
+    told += _upstream_lines(found)
+    told += _credential_lines(found)
+    return [*told, f"now         {found['pull']}"]
+
+
+def _held_lines(held: dict[str, Any], is_fresh: bool | None) -> list[str]:
+    if held["manifest"] is None:
+        return ["held        nothing"]
+    age = held["confirmedAgo"]
+    told = f"held        {held['manifest']}"
+    if age is not None:
+        told += f", confirmed {age:g} s ago ({'fresh' if is_fresh else 'to be asked for again'})"
+    images = [
+        f"            {image['platform'] or 'image'}: "
+        + (f"whole, {image['bytes']} bytes of blobs" if image["complete"] else f"{len(image['missing'])} missing")
+        for image in held["images"]
+    ]
+    return [told, *images]
+
+
+def _upstream_lines(found: dict[str, Any]) -> list[str]:
+    told = [f"outage      {found['upstream']['outage']}"] if found["upstream"]["outage"] else []
+    for back in found["backoff"]:
+        told.append(f"back-off    {back['nextAttemptIn']:g} s more, for {back['for']}: {back['error']}")
+    for limit in found["rateLimit"]:
+        left = f"{limit['remaining'] if limit['remaining'] is not None else '?'} of {limit['limit'] or '?'} pulls left"
+        per = f" in {limit['window']} s" if limit["window"] else ""
+        source = f", for {limit['source']}" if limit["source"] else ""
+        told.append(f"rate limit  {left}{per}, asking as {limit['of']}{source}; said {limit['toldAgo']:g} s ago")
+    return told
+
+
+def _credential_lines(found: dict[str, Any]) -> list[str]:
     credentials = found["credentials"]
+    told = []
     if found["credentialFailure"]:
         told.append(f"credential  cannot be had: {found['credentialFailure']}")
     elif found["access"] == "verify":

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from proxy.cli.explain import Unasked, ask
+from proxy.cli.explain import Admin, Unasked, ask, reachable
 from proxy.config import Config, UpstreamConfig
 from proxy.errors import RegistryError
 from proxy.image_pull_policy import derived_policy
@@ -25,8 +25,6 @@ from proxy.upstream.tls import TLSFileUnusable, context_of
 from proxy.warm import Bar, Held, Result, Server, Wanted, Warmer
 
 _SERVER = "http://127.0.0.1:5000"
-_ADMIN = "127.0.0.1:5001"
-_EVERY = ("", "0.0.0.0", "::")  # noqa: S104 - told apart, not bound
 _HEADINGS = ("IMAGE", "PLATFORM", "POLICY", "SIZE", "SECONDS", "RESULT")
 
 
@@ -47,18 +45,11 @@ class Where:
         context_of(UpstreamConfig.model_validate(server.section("cache.invalid")))
         return server
 
-    def admin_address(self) -> str | None:
+    def admin_of(self) -> Admin | None:
         """Where it says what is held. Of a server that is named by itself, nobody knows."""
-        if self.admin or self.server:
-            return self.admin
-        if self.config is None:
-            return _ADMIN
-        scheme = "https" if self.config.admin_listener.tls_cert_file else "http"
-        return f"{scheme}://{_reachable(self.config.admin.host)}:{self.config.admin.port}"
-
-    def token(self) -> Path | None:
-        """The file of its admin token."""
-        return self.token_file or (self.config.admin_listener.token_file if self.config else None)
+        if self.server and not self.admin:
+            return None
+        return Admin(self.admin, self.config, self.token_file, self.ca_file)
 
 
 def run(refs: Sequence[str], names: Sequence[str], platforms: Sequence[str], check: bool, where: Where) -> int:
@@ -108,8 +99,7 @@ class _Holdings:
     """Asks the admin listener what is held, until it turns out that it does not tell."""
 
     def __init__(self, where: Where) -> None:
-        self._admin = where.admin_address()
-        self._where = where
+        self._admin = where.admin_of()
 
     async def ask(self, image: str, platform: Platform) -> Held | None:
         """What is held of an image; None where that is not known."""
@@ -117,7 +107,7 @@ class _Holdings:
             return None
         try:
             found = await asyncio.to_thread(
-                ask, image, self._admin, self._where.token(), self._where.ca_file, platform=str(platform)
+                ask, image, self._admin.url, self._admin.token, self._admin.ca_file, platform=str(platform)
             )
         except Unasked as error:
             if self._admin is not None:
@@ -157,13 +147,7 @@ def _platforms(texts: Sequence[str], faults: list[str]) -> list[Platform]:
 def _url_of(config: Config) -> str:
     """Where clients are told to find it, for its tokens are given there; else where it listens."""
     scheme = "https" if config.listener.tls_cert_file else "http"
-    return config.external_url or f"{scheme}://{_reachable(config.listen.host)}:{config.listen.port}"
-
-
-def _reachable(host: str) -> str:
-    """A listener on every interface is asked on loopback."""
-    host = "127.0.0.1" if host in _EVERY else host
-    return f"[{host}]" if ":" in host else host
+    return config.external_url or f"{scheme}://{reachable(config.listen)}"
 
 
 def _rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,8 @@ from proxy.metrics import Metrics
 from proxy.names import Digest, Reference, Repository
 from proxy.upstream.endpoints import Endpoints
 from proxy.upstream.exchange import Exchange, Lookup, Shown
+from proxy.upstream.failures import Failed
+from proxy.upstream.ratelimit import RateLimit
 from proxy.upstream.reply import Reply, Request, Where
 from proxy.upstream.restraint import Restraint
 
@@ -132,6 +134,20 @@ class Upstream:
         """What the registry said last when that secret was shown to it."""
         return self._exchange.said.get(credential)
 
+    @property
+    def rate_limits(self) -> Mapping[Credential | None, RateLimit]:
+        """What it said last of the quota of the anonymous (None), and of each secret of ours."""
+        return self._exchange.rate_limits
+
+    @property
+    def outage(self) -> str:
+        """Why it is not asked at all now; empty while it is."""
+        return self._restraint.outage.message if self._restraint.outage else ""
+
+    def held_back(self, repository: Repository, reference: Reference) -> list[tuple[Identity, Failed, float]]:
+        """Why that is not asked for now, in whose name, and for how many seconds."""
+        return self._restraint.state(_manifest_path(repository, reference))
+
     def use_files_again(self) -> None:
         """Uses the certificates that the files hold now; raises ``TLSFileUnusable``."""
         self._exchange.transport.use_files_again()
@@ -173,7 +189,7 @@ class Upstream:
         """
         shown = await self._exchange.prepare(repository, asker, by_head=True)
 
-        request = Request("HEAD", f"/v2/{repository}/manifests/{reference}", repository, {"Accept": accept})
+        request = Request("HEAD", _manifest_path(repository, reference), repository, {"Accept": accept})
 
         async def ask(where: Where) -> ManifestHead:
             async with self._reply(where, request, shown) as reply:
@@ -203,7 +219,7 @@ class Upstream:
         shown = await self._exchange.prepare(repository, asker)
 
         headers = {"Accept": accept} | ({"Cache-Control": "no-cache"} if no_cache else {})
-        request = Request("GET", f"/v2/{repository}/manifests/{reference}", repository, headers)
+        request = Request("GET", _manifest_path(repository, reference), repository, headers)
 
         async def ask(where: Where) -> T:
             async with self._reply(where, request, shown) as reply:
@@ -352,3 +368,7 @@ class Upstream:
 
     def _no_blob(self, repository: Repository, digest: Digest) -> BlobUnknown:
         return BlobUnknown(f"{self.name} has no blob {digest} in {repository}")
+
+
+def _manifest_path(repository: Repository, reference: Reference) -> str:
+    return f"/v2/{repository}/manifests/{reference}"

@@ -372,7 +372,7 @@ PART = {"complete": False, "missing": ["sha256:1", "sha256:2"]}
         ("Always", WHOLE, 0, "already held", ["manifest"]),
         ("Always", PART, 0, "pulled", ["manifest", "blob", "blob"]),
         ("Never", WHOLE, 0, "already held", []),
-        ("Never", PART, 1, "ErrImageNeverPull: missing (2 blobs)", []),
+        ("Never", PART, 1, "ErrImageNeverPull: missing (2 of its parts)", []),
         ("Never", None, 1, "ErrImageNeverPull: what is held is not known", []),
     ],
 )
@@ -389,7 +389,7 @@ async def test_policy_and_what_is_held_decide_what_is_asked_for(
         outcome = await warm(registry.url, "--admin", admin, "-f", "-", *more, stdin=dump(it))
     if check:
         asked, code = [], 0 if held == WHOLE else 1
-        result = {0: "already held", 1: "missing (2 blobs)" if held else "what is held is not known"}[code]
+        result = {0: "already held", 1: "missing (2 of its parts)" if held else "what is held is not known"}[code]
     assert (outcome.code, outcome.row("team/app").endswith(result)) == (code, True), outcome
     assert sorted(request.path.split("/")[-2].rstrip("s") for request in registry.requests) == sorted(asked)
 

@@ -31,7 +31,7 @@ class Running:
         return await fetch("127.0.0.1", self.port, method, target, headers or [])
 
 
-async def explain(image: str) -> dict[str, Any]:
+async def explain(image: str, platform: str) -> dict[str, Any]:
     if image == "wrong":
         raise NameInvalid("not an image")
     return {"image": image}

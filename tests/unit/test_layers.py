@@ -30,7 +30,7 @@ ROWS = (
     {"kustomize"},
     {"kubernetes"},
     {"answers", "access/*"},
-    {"fetch"},
+    {"fetch", "held"},
     {"spool"},
     {"policy", "image_pull_policy", "upstream/*", "storage/*"},
     {"backoff"},
