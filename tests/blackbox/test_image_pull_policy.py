@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from proxy.config import PullPolicy
 from tests.blackbox.oracle import blob_path, error_of, manifest_path
 from tests.blackbox.private import (
     ALICE,
@@ -30,7 +29,6 @@ from tests.fakes.content import Image
 from tests.fakes.registry import ScriptedRegistry
 
 REPO = "team/app"
-POLICIES: tuple[PullPolicy, ...] = ("Always", "IfNotPresent", "Never")
 STATES: dict[str, Step | None] = {
     "up": None,
     "404": oci_error(404, "MANIFEST_UNKNOWN"),
