@@ -7,6 +7,7 @@ challenge decides nothing by itself: its realm must be at the upstream's own ori
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,7 +17,7 @@ from cachetools import TLRUCache, TTLCache
 from yarl import URL
 
 from proxy.credentials.credential import Credential
-from proxy.errors import CredentialRefused, Denied, RegistryError, UpstreamBroken
+from proxy.errors import Denied, RegistryError, UpstreamBroken, UpstreamFailing
 from proxy.names import Repository
 from proxy.once import Once
 from proxy.upstream.challenge import Basic, Bearer
@@ -181,6 +182,12 @@ class Tokens:
             for key in [key for key in list(memory) if key[-1] == credential]:
                 memory.pop(key, None)
 
+    def forget_failures(self) -> None:
+        """Forgets where its token server failed, which is back; what was refused stays so."""
+        for key, failure in list(self._failures.items()):
+            if isinstance(failure, UpstreamFailing):
+                self._failures.pop(key, None)
+
     def drop(self, value: str) -> None:
         """Forgets a token that the registry did not accept."""
         for key, token in list(self._tokens.items()):
@@ -190,10 +197,7 @@ class Tokens:
 
 def _afresh(failure: RegistryError) -> RegistryError:
     """The same without its traceback, which would grow, and whose frames hold what was shown."""
-    again = type(failure)(failure.message, headers=failure.headers)
-    if isinstance(failure, CredentialRefused) and isinstance(again, CredentialRefused):
-        again.is_certain = failure.is_certain
-    return again
+    return copy.copy(failure)
 
 
 def _failure_ends(key: Key, _: RegistryError, now: float) -> float:

@@ -8,6 +8,7 @@ recovery is never later than that, and no client is the one who finds out.
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -15,6 +16,7 @@ from proxy.errors import (
     RegistryError,
     SecretRefused,
     TooManyRequests,
+    UpstreamBroken,
     UpstreamFailing,
     UpstreamRefused,
     UpstreamUnavailable,
@@ -54,6 +56,7 @@ class Breaker:
         self._since = 0.0
         self._failure: UpstreamFailing | None = None
         self._is_outage = False
+        self._may_try = False
         self._next = 0.0
         self._task: asyncio.Task[None] | None = None
 
@@ -63,8 +66,13 @@ class Breaker:
         return self._failure
 
     def check(self) -> None:
-        """Raises what the upstream failed with, while it is not asked."""
-        if self._failure is not None:
+        """Raises what the upstream failed with, while it is not asked. Where it answers the probe, though with an error, one
+        question of a client's goes with each probe: that need not be all that it can say."""
+        if self._failure is None:
+            return
+        if self._may_try:
+            self._may_try = False
+        else:
             raise again(self._failure, self._next - asyncio.get_running_loop().time())
 
     def heard(self) -> None:
@@ -85,7 +93,7 @@ class Breaker:
         self._in_a_row += 1
         if isinstance(failure, UpstreamUnavailable) or self._in_a_row >= _IN_A_ROW:
             log.warning("%s is not asked until it answers a probe: %s", self._name, failure.message)
-            self._failure = failure
+            self._failure = copy.copy(failure)
             self._metric.set(1)
             self._task = asyncio.create_task(self._look_after(), name=f"probe {self._name}")
 
@@ -101,8 +109,9 @@ class Breaker:
             self._next = loop.time() + _EVERY
             try:
                 await self._probe()
-            except (RegistryError, TimeoutError, OSError):
+            except (RegistryError, TimeoutError, OSError) as error:
                 self._is_outage = True
+                self._may_try = isinstance(error, UpstreamBroken)
                 await asyncio.sleep(self._next - loop.time())
             else:
                 self._close()
@@ -112,5 +121,6 @@ class Breaker:
         if self._is_outage:
             log.info("%s answers again", self._name)
             self._recovered(self._since)
-        self._task, self._failure, self._is_outage, self._in_a_row = None, None, False, 0
+        self._task, self._failure, self._in_a_row = None, None, 0
+        self._is_outage = self._may_try = False
         self._metric.set(0)

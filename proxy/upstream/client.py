@@ -118,7 +118,7 @@ class Upstream:
         self._endpoints = Endpoints(self._listed, config.timeouts.endpoint, self._exchange.probe, metrics)
         for each in (metrics.stale, metrics.mismatches, metrics.upstream_bytes):
             each.labels(config.name)  # there from the start: what is first seen at 1 has no rate
-        self._restraint = Restraint(config.name, self._probe, backoff, metrics)
+        self._restraint = Restraint(config.name, self._probe, self._exchange.forget_failures, backoff, metrics)
         self._patience = config.timeouts.connect + config.timeouts.headers
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from urllib.parse import urlencode
@@ -92,11 +92,22 @@ class Exchange:
         self.rate_limits.pop(credential, None)
 
     async def probe(self, where: Where) -> None:
-        """Whether an endpoint answers at all; raises ``RegistryError`` where it does not, or only to say that it fails."""
+        """Whether an endpoint and its token server answer; raises ``RegistryError`` where one does not, or only to say that
+        it fails."""
         reply = await self.transport.hop("GET", at(where, "/v2/"), {"Via": f"1.1 {self._instance}"}, where)
         reply.close()
         if reply.status >= 500 or reply.status == 429:
             raise UpstreamBroken(f"{where} answered {reply.status}")
+        if reply.status == 401 and isinstance(challenge := _challenge_of(reply), Bearer):
+            with suppress(RealmRefused, Denied, TooManyRequests):  # what it says of the anonymous is an answer
+                realm = check_realm(challenge.realm, where.endpoint, self._config.token_hosts_of(str(where.endpoint)))
+                query = {"service": challenge.service} if challenge.service else {}
+                await self._fetch_token(where, realm.extend_query(query), None)
+
+    def forget_failures(self) -> None:
+        """The upstream is back: so its token servers are."""
+        for tokens in self._tokens.values():
+            tokens.forget_failures()
 
     async def prepare(self, repository: Repository, asker: Asker, *, by_head: bool = False) -> Shown:
         """Looks up what is shown in the name of ``asker``, before any endpoint's time runs: a program may have to tell.
@@ -264,21 +275,24 @@ class Exchange:
     async def _token(self, where: Where, repository: Repository, bearer: Bearer, credential: Credential | None) -> str:
         """A token for that challenge. Token requests are never redirected, and carry nothing but the credential."""
         realm = self._realm(where, bearer)
-        there = Where(f"the token server of {where.name}", realm.origin())
 
         async def fetch(url: URL) -> bytes:
-            method, target, headers, body = _token_request(url, credential)
-            try:
-                async with asyncio.timeout(self._config.timeouts.token):
-                    reply = await self.transport.hop(method, target, headers, there, again=(Dropped,), body=body)
-                    try:
-                        return await self._token_body(reply, credential)
-                    finally:
-                        reply.close()
-            except TimeoutError as error:
-                raise UpstreamUnavailable(f"{there} did not answer in time") from error
+            return await self._fetch_token(where, url, credential)
 
         return await self._tokens[where.endpoint].get(realm, bearer, repository, fetch, credential)
+
+    async def _fetch_token(self, where: Where, url: URL, credential: Credential | None) -> bytes:
+        there = Where(f"the token server of {where.name}", url.origin())
+        method, target, headers, body = _token_request(url, credential)
+        try:
+            async with asyncio.timeout(self._config.timeouts.token):
+                reply = await self.transport.hop(method, target, headers, there, again=(Dropped,), body=body)
+                try:
+                    return await self._token_body(reply, credential)
+                finally:
+                    reply.close()
+        except TimeoutError as error:
+            raise UpstreamUnavailable(f"{there} did not answer in time") from error
 
     async def _token_body(self, reply: Reply, credential: Credential | None) -> bytes:
         if reply.status == 200:

@@ -89,17 +89,18 @@ class Failures(Generic[K]):
         if error.is_remembered:
             return
         now, config = self._timer(), self._config
+        fresh = copy.copy(error)  # without its traceback, whose frames hold what was shown
         match error:
             case ManifestUnknown() | BlobUnknown() | NameUnknown():
-                self._noes[key] = Failed(error, Window(now, config.not_found))
+                self._noes[key] = Failed(fresh, Window(now, config.not_found))
             case Denied() | SecretRefused():
-                self._noes[key] = Failed(error, Window(now, config.refused))
+                self._noes[key] = Failed(fresh, Window(now, config.refused))
             case TooManyRequests() if retry_after is None:
                 pass
             case UpstreamFailing() if config.initial > 0:
                 last = self._failures.get(key)
                 window = next_window(last.window if last else None, now, config.initial, config.max)
-                self._failures[key] = Failed(error, Window(now, retry_after) if retry_after else window)
+                self._failures[key] = Failed(fresh, Window(now, retry_after) if retry_after else window)
 
     def forget(self, key: K) -> None:
         """It was given."""

@@ -47,13 +47,25 @@ class _Quota:
 
 
 class Restraint:
-    """That of one upstream. ``probe``: whether it answers."""
+    """That of one upstream. ``probe``: whether it answers; ``recovered``: called when an outage is over."""
 
-    def __init__(self, name: str, probe: Callable[[], Awaitable[None]], config: BackoffConfig, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        name: str,
+        probe: Callable[[], Awaitable[None]],
+        recovered: Callable[[], None],
+        config: BackoffConfig,
+        metrics: Metrics,
+    ) -> None:
         self._timer = asyncio.get_running_loop().time
         self._failures: Failures[_Asked] = Failures(config, self._timer)
         self._limits: Failures[_Quota] = Failures(config, self._timer)
-        self._breaker = Breaker(name, probe, self._failures.end, metrics, is_on=config.initial > 0)
+        self._recovered = recovered
+        self._breaker = Breaker(name, probe, self._end, metrics, is_on=config.initial > 0)
+
+    def _end(self, since: float) -> None:
+        self._failures.end(since)
+        self._recovered()
 
     async def ask(
         self,
