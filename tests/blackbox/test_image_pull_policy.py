@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +206,33 @@ async def test_without_a_question_only_a_yes_of_before_counts(tmp_path: Path, mo
                 assert "ErrImageNeverPull" in error_of(answer)[2]
                 assert error_of(absent)[2] == error_of(answer)[2]
         assert len(registry.requests) == asked
+
+
+async def test_f38_a_tag_that_moves_during_pulls(start_cache: StartCache, registry: ScriptedRegistry) -> None:
+    """500 pulls as containerd makes them, tag by HEAD and all else by digest, while the tag moves 50 times: each is of one
+    image, and a pull that begins after a move is of the new one."""
+    cache = await start_cache(upstream(registry))
+    images = [registry.add_image(REPO, None, [f"layer of {number}".encode()]) for number in range(51)]
+    at = {image.digest: number for number, image in enumerate(images)}
+    now = 0
+
+    def move(number: int) -> None:
+        nonlocal now
+        registry.add_manifest(REPO, images[number].data, images[number].media_type, "1")
+        now = number
+
+    async def one_pull() -> None:
+        began = now
+        digest = (await cache.head(manifest_path("1"))).headers.get("Docker-Content-Digest") or ""
+        image = images[at[digest]]
+        assert at[digest] >= began, "what the tag pointed at before the pull began"
+        assert (await cache.get(manifest_path(digest))).body == image.data
+        assert (await cache.get(blob_path(image.layer_digests[0]))).body == image.layers[0]
+
+    move(0)
+    for number in range(1, 51):
+        pulls = [asyncio.create_task(one_pull()) for _ in range(10)]
+        await asyncio.sleep(0)
+        move(number)
+        await asyncio.gather(*pulls)
+    await one_pull()
