@@ -38,6 +38,8 @@ class Metrics:
         self.quarantined = counter("quarantined", "Files in the cache directory that were not what they should be.")
         self.stale = counter("stale", "Tags and lists served from the cache because their upstream was failing.", "upstream")
         self.in_flight = gauge("fills_in_flight", "Downloads running now.")
+        self.waiting = gauge("fills_waiting", "Downloads that wait for their turn.")
+        self.image_places = gauge("image_places", "Images that are being pulled, where their number is limited.")
         self.turned_away = counter("turned_away", "Client connections refused because there were too many.")
         self.connections = gauge("connections", "Client connections open now.")
         self.resting = gauge(

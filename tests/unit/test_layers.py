@@ -31,7 +31,7 @@ ROWS = (
     {"kubernetes"},
     {"answers", "access/*"},
     {"fetch", "held"},
-    {"spool"},
+    {"spool", "admission"},
     {"policy", "image_pull_policy", "upstream/*", "storage/*"},
     {"backoff"},
     {"credentials/*"},  # storage and upstream know whose a link or a request is, and nothing of who may read
@@ -70,6 +70,7 @@ PURE = (
     "documents",
     "kubernetes",
     "kustomize",
+    "admission",
     "errors",
     "upstream/challenge",
     "upstream/addresses",
