@@ -25,7 +25,7 @@ from typing import Literal, Protocol, TypeVar
 
 from cachetools import TTLCache
 
-from proxy.errors import CacheFailing
+from proxy.errors import CacheFailing, RegistryError
 from proxy.metrics import Metrics
 
 LINGER = 2.0
@@ -78,7 +78,7 @@ class Transfer:
     line: _Line
     number: int
     start: Callable[[], None]
-    drop: Callable[[WaitedTooLong | None], None]
+    drop: Callable[[RegistryError | None], None]
     state: Literal["waiting", "running", "ended"] = "waiting"
     clients: Counter[Hashable] = field(default_factory=Counter)
     images: dict[Hashable, _Image] = field(default_factory=dict)
@@ -166,7 +166,7 @@ class Admission:
         line: str,
         image: Hashable,
         start: Callable[[], None],
-        drop: Callable[[WaitedTooLong | None], None],
+        drop: Callable[[RegistryError | None], None],
     ) -> Ticket:
         """A new transfer of the upstream ``line``, and its first client's ticket.
 
@@ -239,12 +239,15 @@ class Admission:
         message = f"{transfer.key} has to wait for its turn: {text}; its place in the line is kept for {self._patience:g} s"
         return WaitedTooLong(message, headers={"Retry-After": str(_RETRY_AFTER)})
 
-    def close(self) -> None:
-        """Stops every timer."""
-        timers = [image.linger for image in self._images.values()] + [transfer.deadline for transfer in self._waiting]
-        for timer in timers:
-            if timer is not None:
-                timer.cancel()
+    def close(self, reason: RegistryError) -> None:
+        """Drops everything that waits: nothing is to start any more."""
+        self._queue.clear()
+        for line in self._lines.values():
+            line.ready.clear()
+        for transfer in list(self._waiting):
+            transfer.state = "ended"
+            self._stop_waiting(transfer)
+            transfer.drop(reason)
 
     # -- transfers ---------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,8 @@ class Target:
     pull_policy: PullDecision
     since: int = 0
     """How many withdrawals there had been when the right was proved."""
+    client: int = 0
+    """Who asks, as a number that is the same for the same client and credential, and tells nothing of either."""
 
     @property
     def origin(self) -> Origin:

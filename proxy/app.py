@@ -19,6 +19,7 @@ from proxy.access.handles import Handles
 from proxy.access.htpasswd import HtpasswdInvalid, Users, parse_htpasswd
 from proxy.access.proofs import Access
 from proxy.admin import AdminToken, AdminTokenUnusable
+from proxy.admission import Admission
 from proxy.certificates import CertificateUnusable, ServerTLS, load
 from proxy.config import AdminListenerConfig, Config, ListenerConfig
 from proxy.configfile import ConfigError
@@ -32,6 +33,7 @@ from proxy.explain import Explain
 from proxy.fetch import Fetcher
 from proxy.handlers import Handlers
 from proxy.image_pull_policy import PullPolicies
+from proxy.images import Images
 from proxy.listener import Listener
 from proxy.metrics import Metrics
 from proxy.policy import Routes, Staleness
@@ -123,13 +125,17 @@ async def build(config: Config) -> AsyncIterator[Cache]:
             if settings.tls_files:
                 reread = when_changed(settings.tls_files, upstream.use_files_again, TLSFileUnusable, threads)
                 watch.add(f"certificates of {settings.name}", reread)
-        fetcher = Fetcher(store, threads, metrics, config.cache.max_blob_size)
+        slots = {settings.name: settings.max_concurrent_fetches for settings in config.upstreams}
+        call_later = asyncio.get_running_loop().call_later
+        admission = Admission(config.image_limit, slots, config.queue_timeout, timer, call_later, metrics)
+        fetcher = Fetcher(store, threads, metrics, admission, config.cache.max_blob_size)
         stack.push_async_callback(fetcher.close)
         handles = Handles(timer, _HANDLE_LIFE)
         gate = _gate_of(config, handles, stack, watch, threads)
         stack.push_async_callback(gate.close)
         policies = PullPolicies(config)
         staleness = Staleness(config.stale_if_error, config.max_stale, config.deleted_grace)
+        images = Images(store, timer)
         handlers = Handlers(
             upstreams,
             gate,
@@ -137,8 +143,9 @@ async def build(config: Config) -> AsyncIterator[Cache]:
             policies,
             access,
             store,
-            Pull(upstreams, store, fetcher, threads, metrics, staleness),
+            Pull(upstreams, store, fetcher, images, threads, metrics, staleness),
             Discovery(upstreams, store, threads, metrics, staleness),
+            images,
             routes_of(config),
             metrics,
             instance,

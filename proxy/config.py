@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
 from proxy.logs import LogFormat, LogLevel
 from proxy.names import DOCKER_HUB, canonical_host, path_form
 from proxy.values import (
     Address,
+    Count,
     Duration,
     Endpoint,
     ExternalURL,
@@ -30,6 +31,7 @@ from proxy.values import (
     Period,
     ProxyAddress,
     Quantity,
+    Rate,
     TokenHost,
     UpstreamName,
     host_of,
@@ -95,6 +97,9 @@ class UpstreamConfig(_Section):
     token_hosts: list[TokenHost] = Field(default_factory=list)
     allow_addresses: list[Network] = Field(default_factory=list)
     access: AccessConfig | None = None
+    max_concurrent_fetches: Count = Field(default=16, description="blobs that are fetched at once; others wait")
+    requests_per_second: Rate | None = Field(default=None, description="others wait; None: no limit")
+    request_burst: Count | None = Field(default=None, description="so many at once after a pause; None: twice the rate")
     timeouts: Timeouts = Timeouts()
     rate_limit_reserve: int = Field(default=0, ge=0, description="pulls left, below which held tags past maxAge are served")
 
@@ -316,6 +321,9 @@ class LogConfig(_Section):
     level: LogLevel = "info"
 
 
+_LONGEST_QUEUE = 240.0
+
+
 class Config(_Section):
     """Everything that an operator decides."""
 
@@ -336,11 +344,27 @@ class Config(_Section):
     image_pull_policy: ImagePullPolicyConfig = ImagePullPolicyConfig()
     always_pull_images: bool = Field(default=False, description="every tag is Always, whatever the rules say")
     offline: bool = Field(default=False, description="everything is Never: no registry is asked")
+    serialize_image_pulls: bool | None = Field(default=None, description="one image after the other")
+    max_parallel_image_pulls: Count | None = Field(default=None, description="so many images at once; None: any number")
+    queue_timeout: Duration = Field(default="2m", description="what waits longer for its turn fails")  # type: ignore[assignment]
     stale_if_error: bool = Field(default=True, description="a held tag is served while its upstream fails")
     max_stale: Period | None = Field(default=None, description="unless it was confirmed longer ago")
     deleted_grace: Period = Field(default="0s", description="a held tag is served so long after its upstream said 404")  # type: ignore[assignment]
     backoff: BackoffConfig = BackoffConfig()
     log: LogConfig = LogConfig()
+
+    @field_validator("queue_timeout")
+    @classmethod
+    def _is_in_time(cls, value: float) -> float:
+        if value > _LONGEST_QUEUE:
+            raise ValueError("at most 4m: containerd gives up a pull in which nothing comes for 5 minutes")
+        return value
+
+    @property
+    def image_limit(self) -> int | None:
+        """How many images may be pulled at once, if that is limited. Unset together, both mean "parallel": a node has one
+        disk and one user, a cache many."""
+        return self.max_parallel_image_pulls or (1 if self.serialize_image_pulls else None)
 
     @property
     def verifies(self) -> bool:

@@ -181,6 +181,7 @@ def _clashes(raw: object) -> list[str]:
             if owner.get(form, name) != name:
                 faults.append(f"upstreams: '{form}' means both {owner[form]} and {name}; change name or pathPrefix")
             owner[form] = name
+    faults += _contradictory_limits(given, listed if isinstance(listed, list) else [])
     names = list(dict.fromkeys(owner.values()))
     default = given.get("defaultUpstream")
     if isinstance(default, str) and canonical_host(default) not in names:
@@ -188,6 +189,25 @@ def _clashes(raw: object) -> list[str]:
     listen, admin = (_address(given, key) for key in ("listen", "admin"))
     if listen and admin and admin.overlaps(listen):
         faults.append(f"admin: {admin} and listen: {listen} are one port; give admin a port of its own")
+    return faults
+
+
+def _contradictory_limits(given: Mapping[Any, Any], upstreams: Sequence[object]) -> list[str]:
+    """The kubelet's rules (``pkg/kubelet/apis/config/validation/validation.go``): serial and exactly 1 do not clash."""
+    faults = []
+    most = given.get("maxParallelImagePulls")
+    if given.get("serializeImagePulls") is True and isinstance(most, int) and most > 1:
+        faults.append(
+            f"maxParallelImagePulls: {most} contradicts serializeImagePulls: true, which is one at a time; set "
+            "serializeImagePulls to false, or leave one of them out"
+        )
+    for number, upstream in enumerate(upstreams):
+        keys_of = upstream if isinstance(upstream, dict) else {}
+        if keys_of.get("requestBurst") is not None and keys_of.get("requestsPerSecond") is None:
+            faults.append(
+                f"upstreams[{number}].requestBurst: it is what requestsPerSecond allows after a pause, and that is not set; "
+                "set requestsPerSecond too, or leave out both"
+            )
     return faults
 
 

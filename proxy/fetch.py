@@ -8,19 +8,23 @@ registries: a *source* is whatever can open the content as a stream at an offset
     source(0) -> hash, save, wake the readers -> broken? source(n) -> end: digest right? release the end
               -> fsync, rename, fsync, catalog -> held -> out of the table
 
-A newcomer follows the open spool until the content is held, so there is no moment in which it is neither here nor there.
+A newcomer follows the open spool until the content is held, so there is no moment in which it is neither here nor there. A
+download that waits for its turn (``admission``) is in the table and nothing else, without task and file; it goes when the
+last who waits for it has gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from contextlib import closing
+from functools import partial
 from typing import Protocol
 
 from cachetools import TTLCache
 
+from proxy.admission import Admission, Ticket, Transfer
 from proxy.errors import CacheFailing, RangeInvalid, RegistryError, UpstreamBroken, UpstreamUnavailable
 from proxy.metrics import Metrics
 from proxy.names import Digest
@@ -91,6 +95,8 @@ class Fill:
         self._turn = turn
         self._limit = limit
         self._floor = floor
+        self.transfer: Transfer | None = None
+        """What it is in the line; None before it is entered there."""
         self._floor_end = 0.0
         self._floor_bytes = 0
 
@@ -199,15 +205,21 @@ class Fill:
 class Fetcher:
     """The table of downloads in flight."""
 
-    def __init__(self, store: Store, threads: Threads, metrics: Metrics, limit: int) -> None:
+    def __init__(self, store: Store, threads: Threads, metrics: Metrics, admission: Admission, limit: int) -> None:
         self._store = store
         self._threads = threads
         self._metrics = metrics
+        self._admission = admission
         self._limit = limit
         self._fills: dict[Digest, Fill] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns: TTLCache[tuple[Digest, Origin], int] = TTLCache(4096, _TURN)
         self._failed: TTLCache[tuple[Digest, Origin], str] = TTLCache(4096, _REMEMBERED)
+
+    @property
+    def counts_images(self) -> bool:
+        """Whether ``join`` wants to know what image a client pulls."""
+        return self._admission.counts_images
 
     def origin(self, digest: Digest) -> Origin | None:
         """Where a download in flight comes from, if there is one."""
@@ -223,36 +235,57 @@ class Fetcher:
         size: int | None,
         start: int,
         floor: float,
+        image: Hashable = None,
         own: bool = False,
         again: bool = False,
     ) -> SpoolReader:
-        """A reader of the download of ``digest``, which begins now unless it is in flight.
+        """A reader of the download of ``digest``, which begins when its turn comes unless it is in flight.
 
-        ``size``: as a manifest states it, if one does. ``start``: the first byte that the client wants. A client that
-        comes back for the rest of content that has just turned out to be wrong is refused, so that it goes on elsewhere,
-        whosever download it was; one that begins anew is not. ``own``: not a download of another origin, which has just
-        failed this client. ``again``: that download was this client's, who has been told nothing yet.
+        ``size``: as a manifest states it, if one does. ``start``: the first byte that the client wants. A client that comes
+        back for the rest of content that has just turned out to be wrong is refused, so that it goes on elsewhere, whosever
+        download it was; one that begins anew is not. ``image``: what is pulled, where that is counted. ``own``: not a
+        download of another origin, which has just failed this client. ``again``: that download was this client's, who has
+        been told nothing yet.
         """
         if start > 0 and not again and (reason := self._failed.get((digest, origin))) is not None:
             raise UpstreamBroken(f"the download failed a moment ago: {reason}")
         fill = self._fills.get(digest)
         if fill is not None and (fill.origin == origin or not own) and fill.spool.serves(start):
             self._metrics.followers.inc()
-            reader = fill.spool.attach(start, origin)
+            reader = fill.spool.attach(start, origin, self._join_line(fill, image))
             reader.follows = True
             return reader
-        spool = Spool(digest, self._store.spool())
+        spool = Spool(digest, None)
         spool.size = size
         turn = self._turns.get((digest, origin), 0)
         fill = self._fills[digest] = Fill(spool, origin, source, turn, self._limit, floor)
-        reader = spool.attach(start, origin)
-        task = asyncio.create_task(self._run(fill), name=f"fill {digest}")
+        return spool.attach(start, origin, self._join_line(fill, image))
+
+    def _join_line(self, fill: Fill, image: Hashable) -> Ticket:
+        if fill.transfer is not None:
+            return self._admission.join(fill.transfer, image)
+        ticket = self._admission.enter(
+            fill.spool.digest, fill.origin.name, image, partial(self._start, fill), partial(self._drop, fill)
+        )
+        fill.transfer = ticket.transfer
+        return ticket
+
+    def _start(self, fill: Fill) -> None:
+        """Its turn has come."""
+        fill.spool.begin(self._store.spool())
+        task = asyncio.create_task(self._run(fill), name=f"fill {fill.spool.digest}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return reader
+
+    def _drop(self, fill: Fill, reason: RegistryError | None) -> None:
+        """Its turn will not come: it has waited too long, or for nobody any more."""
+        if reason is not None:
+            fill.spool.fail(reason)
+        self._ended(fill)
 
     async def close(self) -> None:
         """Stops every download."""
+        self._admission.close(CacheFailing("pullcache is shutting down"))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -278,6 +311,8 @@ class Fetcher:
             fill.spool.fail(CacheFailing(f"pullcache failed: {type(error).__name__}"))
         finally:
             self._ended(fill)
+            if fill.transfer is not None:
+                self._admission.end(fill.transfer)
             self._metrics.fills.labels(result).inc()
             if result in ("passed", "abandoned"):
                 self._metrics.unsaved.inc()

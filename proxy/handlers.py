@@ -21,6 +21,7 @@ from proxy.credentials.credential import Asker, Identity
 from proxy.discovery import Discovery, Named
 from proxy.errors import Denied, LoopDetected, NameUnknown, RequestTooLarge, Unauthorized, UpstreamFailing
 from proxy.image_pull_policy import PullDecision, PullPolicies, anew, never_pulled
+from proxy.images import Images
 from proxy.listings import parse_query
 from proxy.logs import printable
 from proxy.metrics import Metrics
@@ -91,6 +92,7 @@ class Handlers:
     store: Store
     pull: Pull
     discovery: Discovery
+    images: Images
     routes: Routes
     metrics: Metrics
     instance: str
@@ -108,7 +110,13 @@ class Handlers:
         accept = classify_accept(request.headers.getall("Accept", []))
         ask = self.pull.manifest_head if request.method == "HEAD" else self.pull.manifest
         probe = probes.of_manifest(asked.upstream, asked.repository, reference)
-        return await self._answer(request, asked, probe, lambda target: ask(target, reference, accept))
+
+        async def answer(target: Target) -> Answer:
+            given = await ask(target, reference, accept)
+            self.images.serve(target, given.digest)
+            return given
+
+        return await self._answer(request, asked, probe, answer)
 
     async def blob(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """end-2: a blob."""
@@ -210,7 +218,8 @@ class Handlers:
 
         def target(identity: Identity) -> Target:
             asker = Asker(identity, asked.via)
-            return Target(asked.upstream.name, asked.upstream.key, asked.repository, asker, asked.policy, since)
+            key, client = asked.upstream.key, hash(caller)
+            return Target(asked.upstream.name, key, asked.repository, asker, asked.policy, since, client)
 
         try:
             return identity, await ask(target(identity))

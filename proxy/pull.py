@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 
 from cachetools import LRUCache
 
+from proxy.admission import WaitedTooLong
 from proxy.answers import Answer, Target
 from proxy.credentials.credential import Identity
 from proxy.errors import BlobUnknown, Denied, ManifestGone, ManifestUnknown, RegistryError, UpstreamBroken, UpstreamFailing
 from proxy.fetch import VERIFIED_FIRST, Fetcher, Mismatch, Stream
 from proxy.image_pull_policy import never_pulled
+from proxy.images import Images
 from proxy.manifests import Manifest, ManifestInvalid, parse_manifest
 from proxy.metrics import Metrics
 from proxy.names import Digest, Reference, Repository, Tag, digest_of
@@ -38,7 +40,7 @@ BLOB_TYPE = "application/octet-stream"
 _MOST_GONE = 10_000
 _JOIN_WITHIN = 1.0  # seconds: a later caller may have seen a push that an earlier question did not
 _REFUSALS = 8
-_PATIENCE = 20.0  # seconds for small content to be whole; containerd 2.3 waits 30 s for headers
+_PATIENCE = 20.0  # seconds for its turn, and for small content to be whole; containerd 2.3 waits 30 s for headers
 
 
 _TagKey = tuple[str, Repository, Tag, str]
@@ -74,6 +76,7 @@ class Pull:
         upstreams: Mapping[str, Upstream],
         store: Store,
         fetcher: Fetcher,
+        images: Images,
         threads: Threads,
         metrics: Metrics,
         staleness: Staleness,
@@ -81,6 +84,7 @@ class Pull:
         self._upstreams = upstreams
         self._store = store
         self._fetcher = fetcher
+        self._images = images
         self._threads = threads
         self._metrics = metrics
         self._staleness = staleness
@@ -287,20 +291,25 @@ class Pull:
             return await upstream.open_blob(target.repository, digest, offset, attempt, target.asker)
 
         followed = self._fetcher.origin(digest)
+        size = self._store.size_of(target.key, target.repository, digest)
+        is_linked = self._is_linked(target, digest) or (target.is_public and self._is_named(target, digest))
         reader = self._fetcher.join(
             digest,
             origin,
             source,
-            size=self._store.size_of(target.key, target.repository, digest),
+            size=size,
             start=start,
             floor=upstream.config.timeouts.progress,
+            image=self._images.of(target, digest) if self._fetcher.counts_images else None,
             own=own,
             again=mismatches > 0,
         )
         try:
-            await reader.ready(VERIFIED_FIRST, _PATIENCE)
+            await reader.ready(VERIFIED_FIRST, _PATIENCE, size if is_proved and is_linked else None)
         except RegistryError as error:
             reader.close()
+            if isinstance(error, WaitedTooLong):
+                raise
             if isinstance(error, Mismatch) and mismatches + 1 < upstream.endpoints:
                 return await self.blob(target, digest, start, own=own, mismatches=mismatches + 1)  # the next one's turn
             if followed is not None and isinstance(error, Denied) and refusals < _REFUSALS:  # it concerns who was refused

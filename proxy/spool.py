@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from typing import Protocol
 
 from proxy.names import Digest
 from proxy.storage.base import FileSpan, Origin, Piece
@@ -32,6 +33,28 @@ _PIECE = 1024 * 1024
 
 class Abandoned(Exception):
     """Nobody reads, and nothing is being saved: there is no reason to go on."""
+
+
+class Place(Protocol):
+    """A client's place in the line in which a download waits for its turn."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether the download has had its turn."""
+        ...
+
+    @property
+    def may_run(self) -> bool:
+        """Whether it runs, or waits for a slot of its upstream and nothing else."""
+        ...
+
+    def send_away(self) -> Exception:
+        """What a client is told that has waited long enough."""
+        ...
+
+    def leave(self) -> None:
+        """The client has gone."""
+        ...
 
 
 class Spool:
@@ -61,6 +84,11 @@ class Spool:
     def file(self) -> SpoolFile | None:
         """The file that holds everything received, or None if it does not."""
         return self._file if self._saving else None
+
+    def begin(self, file: SpoolFile | None) -> None:
+        """The writer begins; what it saves goes to ``file``, if there is one."""
+        self._file = file
+        self._saving = file is not None
 
     def absorb(self, data: bytes) -> bool:
         """Hashes and saves ``data``: blocking, to be called in a thread. Whether the disk took it."""
@@ -124,9 +152,9 @@ class Spool:
         """Whether a reader that begins at ``start`` can still be served."""
         return self.failure is None and (self._saving or self._window_start <= max(self._first(start), self._saved))
 
-    def attach(self, start: int, origin: Origin | None = None) -> SpoolReader:
+    def attach(self, start: int, origin: Origin | None = None, place: Place | None = None) -> SpoolReader:
         """A reader that will begin at ``start``, for a client that asked for the content as ``origin``'s."""
-        reader = SpoolReader(self, self._first(start), origin)
+        reader = SpoolReader(self, self._first(start), origin, place)
         self._readers.add(reader)
         return reader
 
@@ -189,9 +217,10 @@ class Spool:
 class SpoolReader:
     """One client's way through the content, at its own pace."""
 
-    def __init__(self, spool: Spool, start: int, origin: Origin | None) -> None:
+    def __init__(self, spool: Spool, start: int, origin: Origin | None, place: Place | None) -> None:
         self._spool = spool
         self._origin = origin
+        self._place = place
         self.position = start
         self.follows = False  # whether another client had begun the download
 
@@ -205,19 +234,26 @@ class SpoolReader:
         """Bytes in all, once known."""
         return self._spool.size
 
-    async def ready(self, at_once_above: int, patience: float) -> None:
+    async def ready(self, at_once_above: int, patience: float, proved_size: int | None = None) -> None:
         """Waits until a status can be given: small content is whole and verified, larger content has begun to come.
 
-        Raises what the download failed with. ``patience`` bounds, in seconds, the wait for small content that has begun.
+        Raises what the download failed with. ``patience`` bounds, in seconds, the wait for small content that has begun, and
+        that for a download's turn. ``proved_size``: of content that the client is known to have a right to: after that
+        patience it is given a status before the sender has begun, if nothing but a slot is waited for.
         """
         spool = self._spool
+        if not await self._has_begun(patience):
+            if proved_size is not None and proved_size == spool.size and proved_size > at_once_above and self._is_near():
+                self._tell()
+                return
+            if self._place is not None and not self._place.runs:
+                raise self._place.send_away()
+            await self._has_begun(None)  # the sender's own limits bound it
 
         def decided() -> bool:
             larger = spool.received > at_once_above if spool.size is None else spool.size > at_once_above
             return spool.released or larger or spool.failure is not None
 
-        while not spool.announced and spool.failure is None:
-            await spool.change()
         try:
             async with asyncio.timeout(patience):
                 while not decided():
@@ -226,8 +262,25 @@ class SpoolReader:
             pass
         if spool.failure is not None and not spool.released:
             raise spool.failure
+        self._tell()
+
+    async def _has_begun(self, patience: float | None) -> bool:
+        """Waits for the sender to begin, or to fail; False: not within ``patience``."""
+        try:
+            async with asyncio.timeout(patience):
+                while not self._spool.announced and self._spool.failure is None:
+                    await self._spool.change()
+        except TimeoutError:
+            return False
+        return True
+
+    def _is_near(self) -> bool:
+        return self._place is None or self._place.may_run
+
+    def _tell(self) -> None:
+        """The client is given a status."""
         if self._origin is not None:
-            spool.told.add(self._origin)
+            self._spool.told.add(self._origin)
 
     async def read(self, start: int, stop: int | None) -> AsyncIterator[Piece]:
         """The bytes as they become readable; raises what the download failed with where they end early."""
@@ -250,3 +303,5 @@ class SpoolReader:
     def close(self) -> None:
         """The client has had enough."""
         self._spool.detach(self)
+        if self._place is not None:
+            self._place.leave()

@@ -172,6 +172,24 @@ def _external_url(value: str) -> str:
     return value
 
 
+def parse_count(value: object) -> object:
+    """How many of something; at least one."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise ValueError("not a whole number of at least 1; write for example 4, or leave the key out")
+
+
+def parse_rate(value: object) -> object:
+    """How many in a second."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
+        return value
+    raise ValueError(
+        "not a number of more than 0; write for example 10 or 0.5, or leave the key out: then there is no limit"
+    )
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+Rate = Annotated[float, BeforeValidator(parse_rate)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, le=3600)]
 Period = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, le=30 * 24 * 3600)]
 Glob = Annotated[str, AfterValidator(_glob)]

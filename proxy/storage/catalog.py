@@ -10,7 +10,7 @@ import contextlib
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +158,20 @@ class Catalog:
             (str(digest), upstream, repository, public),
         ).fetchone()
         return row is not None
+
+    def named_by(self, upstream: str, repository: Repository, digest: Digest, latest: Sequence[Digest]) -> Digest | None:
+        """A held manifest of that repository that names ``digest``: the first of ``latest`` that does, else any, but for
+        equal questions the same."""
+        naming = (
+            "SELECT parent FROM children JOIN blobs ON blobs.digest = parent JOIN links ON links.digest = parent "
+            "WHERE children.digest = ? AND upstream = ? AND repository = ?"
+        )
+        of_it = (str(digest), upstream, repository)
+        for parent in latest:
+            if self._reader.execute(f"{naming} AND parent = ?", (*of_it, str(parent))).fetchone():
+                return parent
+        row = self._reader.execute(f"{naming} ORDER BY parent LIMIT 1", of_it).fetchone()
+        return parse_digest(row[0]) if row else None
 
     def is_others(self, upstream: str, digest: Digest) -> bool:
         """Whether ``digest`` was given neither by this upstream nor to the anonymous, and is held all the same, or was given

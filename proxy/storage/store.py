@@ -15,7 +15,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
@@ -133,6 +133,10 @@ class Store:
     def is_named(self, upstream: str, repository: Repository, digest: Digest, *, public: bool) -> bool:
         """Whether a manifest that is linked to that repository names ``digest``; ``public``: for the anonymous."""
         return bool(self._read(lambda: self._catalog.is_named(upstream, repository, digest, public=public)))
+
+    def named_by(self, upstream: str, repository: Repository, digest: Digest, latest: Sequence[Digest]) -> Digest | None:
+        """A held manifest of that repository that names ``digest``: the first of ``latest`` that does, else any."""
+        return self._read(lambda: self._catalog.named_by(upstream, repository, digest, latest))
 
     def is_others(self, upstream: str, digest: Digest) -> bool:
         """Whether ``digest`` is private content that this upstream never gave, or whose links are all gone: then its word

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy.admission import Admission
 from proxy.errors import UpstreamBroken
 from proxy.fetch import VERIFIED_FIRST, Fetcher, Mismatch, Source
 from proxy.metrics import Metrics
@@ -47,7 +48,9 @@ class Wrong:
 async def fetcher(tmp_path: Path) -> AsyncIterator[Fetcher]:
     metrics, threads = Metrics(), Threads(1)
     store = Store.open(tmp_path / "cache", metrics)
-    fetcher = Fetcher(store, threads, metrics, limit=1 << 30)
+    loop = asyncio.get_running_loop()
+    admission = Admission(None, {"": 16}, 120.0, loop.time, loop.call_later, metrics)
+    fetcher = Fetcher(store, threads, metrics, admission, limit=1 << 30)
     yield fetcher
     await fetcher.close()
     threads.close()

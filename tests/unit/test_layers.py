@@ -26,6 +26,7 @@ ROWS = (
     {"handlers"},
     {"send"},
     {"explain", "pull", "discovery", "warm"},
+    {"images"},
     {"kubernetes_files"},
     {"kustomize"},
     {"kubernetes"},
