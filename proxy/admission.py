@@ -155,11 +155,6 @@ class Admission:
         self._waiting: set[Transfer] = set()
         self._kept: TTLCache[Hashable, int] = TTLCache(_REMEMBERED, patience, timer=clock)
 
-    @property
-    def counts_images(self) -> bool:
-        """Whether it matters which image a transfer is for."""
-        return self._limit is not None
-
     def enter(
         self,
         key: Hashable,
@@ -225,15 +220,15 @@ class Admission:
         if self.may_run(transfer):
             before = bisect_left(line.ready, transfer.number, key=_BY_NUMBER)
             text = (
-                f"{line.slots} downloads from {line.name} run at a time (maxConcurrentFetches of that upstream), and "
-                f"{before} others are before it"
+                f"downloads from {line.name} run {line.slots} at a time (maxConcurrentFetches of that upstream), and "
+                f"{before} others that wait are before it"
             )
         else:
             own = transfer.images[image]
             self._kept[own.key] = own.number
             before = bisect_left(self._queue, own.number, key=_BY_NUMBER)
             text = (
-                f"{self._limit} images are pulled at a time (serializeImagePulls, maxParallelImagePulls of this cache), and "
+                f"images are pulled {self._limit} at a time (serializeImagePulls, maxParallelImagePulls of this cache), and "
                 f"{before} others that wait are before this one"
             )
         message = f"{transfer.key} has to wait for its turn: {text}; its place in the line is kept for {self._patience:g} s"
@@ -325,7 +320,8 @@ class Admission:
                 if not image.has_place:
                     self._need(image, -1)
         else:
-            self._look_at_all(transfer)
+            for image in transfer.images.values():
+                self._look_at(image)
 
     def _uncover(self, transfer: Transfer, others: list[_Image]) -> None:
         """One of its images holds a place no more, or does not want it any more."""
@@ -346,10 +342,6 @@ class Admission:
             insort(self._queue, image, key=_BY_NUMBER)
         elif image.needs == 0:
             _remove(self._queue, image)
-
-    def _look_at_all(self, transfer: Transfer) -> None:
-        for image in transfer.images.values():
-            self._look_at(image)
 
     def _look_at(self, image: _Image) -> None:
         """Begins to take back a place that is not needed, or stops it; forgets an image that wants nothing."""

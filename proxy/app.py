@@ -135,7 +135,7 @@ async def build(config: Config) -> AsyncIterator[Cache]:
         stack.push_async_callback(gate.close)
         policies = PullPolicies(config)
         staleness = Staleness(config.stale_if_error, config.max_stale, config.deleted_grace)
-        images = Images(store, timer)
+        images = Images(store, timer, are_counted=config.image_limit is not None)
         handlers = Handlers(
             upstreams,
             gate,

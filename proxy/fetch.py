@@ -216,11 +216,6 @@ class Fetcher:
         self._turns: TTLCache[tuple[Digest, Origin], int] = TTLCache(4096, _TURN)
         self._failed: TTLCache[tuple[Digest, Origin], str] = TTLCache(4096, _REMEMBERED)
 
-    @property
-    def counts_images(self) -> bool:
-        """Whether ``join`` wants to know what image a client pulls."""
-        return self._admission.counts_images
-
     def origin(self, digest: Digest) -> Origin | None:
         """Where a download in flight comes from, if there is one."""
         fill = self._fills.get(digest)

@@ -300,7 +300,7 @@ class Pull:
             size=size,
             start=start,
             floor=upstream.config.timeouts.progress,
-            image=self._images.of(target, digest) if self._fetcher.counts_images else None,
+            image=self._images.of(target, digest),
             own=own,
             again=mismatches > 0,
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from proxy.admission import Admission
-from proxy.errors import UpstreamBroken
+from proxy.errors import CacheFailing, UpstreamBroken
 from proxy.fetch import VERIFIED_FIRST, Fetcher, Mismatch, Source
 from proxy.metrics import Metrics
 from proxy.names import Repository, digest_of
@@ -104,3 +104,49 @@ async def test_who_was_told_nothing_of_wrong_content_may_go_on_with_what_it_has(
                 await reader.ready(VERIFIED_FIRST, PATIENCE)
             reader.close()
     join(fetcher, SMALL, GOOD, held, start=1).close()
+
+
+# --- waiting for a turn ---
+
+
+@pytest.fixture
+async def narrow(tmp_path: Path) -> AsyncIterator[tuple[Fetcher, Metrics]]:
+    """One download at a time."""
+    metrics, threads, loop = Metrics(), Threads(1), asyncio.get_running_loop()
+    store = Store.open(tmp_path / "cache", metrics)
+    admission = Admission(None, {"": 1}, 120.0, loop.time, loop.call_later, metrics)
+    fetcher = Fetcher(store, threads, metrics, admission, limit=1 << 30)
+    yield fetcher, metrics
+    await fetcher.close()
+    threads.close()
+    store.close()
+
+
+async def test_a_newcomer_in_the_moment_in_which_the_last_leaves_finds_a_download_that_will_be(
+    narrow: tuple[Fetcher, Metrics],
+) -> None:
+    """What waited for nobody any more is out of the table and the line before anything else happens."""
+    fetcher, metrics = narrow
+    held = asyncio.Event()
+    running = join(fetcher, LARGE, GOOD, held)
+    first = join(fetcher, SMALL, GOOD, held)
+    first.close()
+    assert fetcher.origin(digest_of(SMALL)) is None
+    second = join(fetcher, SMALL, GOOD, held)
+    assert metrics.registry.get_sample_value("pullcache_fills_waiting") == 1
+    held.set()
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(Mismatch):  # it was fetched
+            await second.ready(VERIFIED_FIRST, PATIENCE)
+    second.close()
+    running.close()
+
+
+async def test_who_waits_when_the_cache_stops_is_told(narrow: tuple[Fetcher, Metrics]) -> None:
+    fetcher, _ = narrow
+    readers = [join(fetcher, right, GOOD, asyncio.Event()) for right in (LARGE, SMALL)]
+    await fetcher.close()
+    with pytest.raises(CacheFailing, match="shutting down"):
+        await readers[1].ready(VERIFIED_FIRST, PATIENCE)
+    for reader in readers:
+        reader.close()
