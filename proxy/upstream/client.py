@@ -21,6 +21,7 @@ from proxy.names import Digest, Reference, Repository
 from proxy.upstream.endpoints import Endpoints
 from proxy.upstream.exchange import Exchange, Lookup, Shown
 from proxy.upstream.failures import Failed
+from proxy.upstream.rate import Rate
 from proxy.upstream.ratelimit import RateLimit
 from proxy.upstream.reply import Reply, Request, Where
 from proxy.upstream.restraint import Restraint
@@ -119,6 +120,7 @@ class Upstream:
         for each in (metrics.stale, metrics.mismatches, metrics.upstream_bytes):
             each.labels(config.name)  # there from the start: what is first seen at 1 has no rate
         self._restraint = Restraint(config.name, self._probe, self._exchange.forget_failures, backoff, metrics)
+        self._rate = Rate(config.name, config.requests_per_second, config.request_burst)
         self._patience = config.timeouts.connect + config.timeouts.headers
 
     @property
@@ -339,8 +341,9 @@ class Upstream:
         """Asks the endpoints, if the upstream may be asked now. ``goes_on``: what was begun is gone on with."""
         only = authority_only or asker.asks_registry_only
 
-        def ask(restrained: Callable[[Where], Awaitable[T]]) -> Awaitable[T]:
-            return self._endpoints.ask(restrained, limit, attempt=attempt, authority_only=only)
+        async def ask(restrained: Callable[[Where], Awaitable[T]]) -> T:
+            await self._rate.turn()
+            return await self._endpoints.ask(restrained, limit, attempt=attempt, authority_only=only)
 
         return await self._restraint.ask(request, asker.identity, question, ask, goes_on=goes_on)
 
