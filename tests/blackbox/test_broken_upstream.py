@@ -208,7 +208,8 @@ async def test_one_slow_upstream_does_not_slow_another(
             slow = blob_path(registry.add_blob(REPO, blob_of(number, 20_000)))
             registry.script("GET", slow, step, forever=True)
             slow_paths.append(slow)
-        cache = await start_cache(upstream(registry, timeouts=HASTY), upstream(other, "other.test"))
+        slow_one = upstream(registry, timeouts=HASTY, maxConcurrentFetches=60)
+        cache = await start_cache(slow_one, upstream(other, "other.test"))
         waiting = [asyncio.create_task(cache.get(path, within=SOON)) for path in slow_paths]
         await registry.wait_for(lambda: len(registry.requests) >= 30)
         for path, truth in ((manifest_path("1"), image.data), (blob_path(image.layer_digests[0]), data)):
