@@ -14,7 +14,7 @@ import pytest
 from proxy.admission import LINGER
 from tests.blackbox.helpers import message
 from tests.blackbox.oracle import LARGE, SMALL, blob_of, blob_path, manifest_path
-from tests.blackbox.private import Clock, fetch_from, until
+from tests.blackbox.private import ALICE, APP, EXTERNAL, Clock, PrivateRegistry, fetch_from, until, with_access
 from tests.conftest import RunningCache, StartCache, upstream
 from tests.fakes.answers import gate, perform
 from tests.fakes.client import WireResponse
@@ -317,6 +317,27 @@ async def test_where_it_is_not_they_do_not(
     held.release_all()
     assert (await running).status == 200
     assert registry.count("GET", path) == 0
+
+
+async def test_what_a_private_manifest_names_is_not_certain(
+    clock: Clock, start_cache: StartCache, private: PrivateRegistry
+) -> None:
+    """Who may write a manifest can name what he may not read: only the registry's answer to the blob itself is one."""
+    image = private.add_image(APP, "1", [blob_of("private", LARGE)])
+    small = private.add_blob(APP, b"busy")
+    private.allow(ALICE, APP)
+    section = {"timeouts": PATIENT, "maxConcurrentFetches": 1}
+    cache = await start_cache(with_access(private, "verify", section=section), externalURL=EXTERNAL)
+    assert (await cache.get(manifest_path("1", APP), ALICE.headers)).status == 200
+    held = Held(private)
+    running = asyncio.create_task(cache.get(blob_path(small, APP), ALICE.headers))
+    await held.wait_for(blob_path(small, APP))
+    waiting = asyncio.create_task(cache.get(blob_path(image.layer_digests[0], APP), ALICE.headers))
+    await until(lambda: cache.metric("fills_waiting") == 1)
+    await moved(clock, 20, waiting.done)
+    assert waiting.result().status == 503
+    held.release_all()
+    assert (await running).status == 200
 
 
 async def test_who_follows_a_download_that_runs_waits_for_no_turn(
