@@ -58,8 +58,8 @@ class _Image:
 
     key: Hashable
     number: int
-    waiting: set[Transfer] = field(default_factory=set)
-    running: set[Transfer] = field(default_factory=set)
+    waiting: dict[Transfer, None] = field(default_factory=dict)
+    running: dict[Transfer, None] = field(default_factory=dict)
     needs: int = 0
     has_place: bool = False
     linger: Timer | None = None
@@ -192,7 +192,7 @@ class Admission:
         transfer.state = "ended"
         transfer.line.running -= 1
         for image in transfer.images.values():
-            image.running.discard(transfer)
+            image.running.pop(transfer, None)
             self._look_at(image)
         self._advance()
 
@@ -257,9 +257,9 @@ class Admission:
         if image is None:
             image = self._images[key] = _Image(key, self._number(key))
         if transfer.state == "running":
-            image.running.add(transfer)
+            image.running[transfer] = None
         else:
-            image.waiting.add(transfer)
+            image.waiting[transfer] = None
             if image.has_place:
                 self._cover(transfer)
             elif transfer.covers == 0:
@@ -274,9 +274,9 @@ class Admission:
         if transfer.state == "running":
             if image.has_place and not any(each.has_place for each in others):
                 return  # what runs without clients still counts for somebody
-            image.running.discard(transfer)
+            image.running.pop(transfer, None)
         else:
-            image.waiting.discard(transfer)
+            image.waiting.pop(transfer, None)
             if image.has_place:
                 self._uncover(transfer, others)
             elif transfer.covers == 0:
@@ -378,6 +378,7 @@ class Admission:
             self._places += 1
             for transfer in image.waiting:
                 self._cover(transfer)
+            self._look_at(image)  # what it needs its place for is known only now
         for line in self._lines.values():
             while line.running < line.slots and line.ready:
                 self._start(line.ready.pop(0))
@@ -389,8 +390,8 @@ class Admission:
         transfer.line.running += 1
         self._stop_waiting(transfer)
         for image in transfer.images.values():
-            image.waiting.discard(transfer)
-            image.running.add(transfer)
+            image.waiting.pop(transfer, None)
+            image.running[transfer] = None
             self._look_at(image)
         transfer.start()
 

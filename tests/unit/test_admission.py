@@ -224,6 +224,19 @@ def test_something_new_of_an_image_keeps_its_place_though_another_covers_it() ->
     assert line.gauge("image_places") == 1
 
 
+def test_a_place_that_is_needed_is_kept_though_another_covers_a_part_of_it() -> None:
+    line = Line(2, slots=1)
+    first, second = line.enter("1a", "1"), line.enter("2a", "2")
+    line.join(line.enter("shared", "3"), "1")
+    own = line.enter("3a", "3")
+    second.tickets[0][0].leave()
+    line.timers.advance(LINGER)
+    assert own.tickets[0][0].may_run
+    line.timers.advance(LINGER)
+    assert own.tickets[0][0].may_run
+    line.end(first)
+
+
 def test_who_was_sent_away_keeps_its_place_in_the_line_for_a_while() -> None:
     line = Line(1)
     first, second = line.enter("1a", "1"), line.enter("2a", "2")
@@ -407,5 +420,5 @@ class Anything(RuleBasedStateMachine):
         self.line.nothing_is_left()
 
 
-Anything.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+Anything.TestCase.settings = settings(max_examples=400, stateful_step_count=50, deadline=None)
 TestAtRandom = Anything.TestCase
