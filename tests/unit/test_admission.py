@@ -35,12 +35,13 @@ class Timers:
         self._set.append(timer)
         return timer
 
-    def advance(self, seconds: float) -> None:
+    def advance(self, seconds: float, after_each: Callable[[], None] = lambda: None) -> None:
         end = self.now + seconds
         while due := sorted((t for t in self.pending() if t.when <= end), key=lambda t: t.when):
             self.now = due[0].when
             due[0].cancelled = True
             due[0].call()
+            after_each()
         self.now = end
 
     def pending(self) -> list[_Timer]:
@@ -341,7 +342,7 @@ class Anything(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.5, LINGER, 30.0, PATIENCE]))
     def time_passes(self, seconds: float) -> None:
-        self.line.timers.advance(seconds)
+        self.line.timers.advance(seconds, self.first_come_first_served)
 
     @invariant()
     def the_limits_hold(self) -> None:
