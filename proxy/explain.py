@@ -18,7 +18,7 @@ from proxy.policy import Routes, Staleness
 from proxy.rules import Rules
 from proxy.storage.store import Store
 from proxy.upstream.client import Upstream
-from proxy.upstream.ratelimit import RateLimit
+from proxy.upstream.quota import RateLimit
 
 _NAMES = {"anonymous": "anybody", "secret": "a secret of the cache", "client": "a client's own credential"}
 

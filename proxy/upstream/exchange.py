@@ -31,7 +31,7 @@ from proxy.metrics import Metrics
 from proxy.names import Repository
 from proxy.upstream.auth import RealmRefused, Tokens, check_realm
 from proxy.upstream.challenge import Basic, Bearer, find_challenge
-from proxy.upstream.ratelimit import RateLimit, parse_rate_limit
+from proxy.upstream.quota import RateLimit, parse_rate_limit
 from proxy.upstream.reply import Dropped, Reply, Request, Where, asked_as
 from proxy.upstream.transport import REDIRECTS, Transport, at
 

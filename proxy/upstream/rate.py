@@ -10,7 +10,7 @@ import asyncio
 import math
 from collections import deque
 
-from proxy.errors import CacheFailing
+from proxy.errors import UpstreamUnavailable
 
 _PATIENCE = 20.0  # seconds; containerd 2.3 waits 30 s for headers
 
@@ -28,7 +28,7 @@ class Rate:
         self._timer: asyncio.TimerHandle | None = None
 
     async def turn(self) -> None:
-        """Returns when a question may be asked; raises ``CacheFailing`` where that would take too long."""
+        """Returns when a question may be asked; raises ``UpstreamUnavailable`` where that would take too long."""
         if self._per_second is None:
             return
         self._count()
@@ -37,11 +37,13 @@ class Rate:
             return
         wait = (len(self._waiting) + 1 - self._tokens) / self._per_second
         if wait > _PATIENCE:
-            raise CacheFailing(
+            error = UpstreamUnavailable(
                 f"{self._upstream} is asked {self._per_second:g} times a second at most (requestsPerSecond of that "
                 f"upstream), and {len(self._waiting)} questions wait for that already",
                 headers={"Retry-After": str(math.ceil(wait - _PATIENCE))},
             )
+            error.is_remembered = True  # nobody was asked: it says nothing of the upstream
+            raise error
         mine = asyncio.get_running_loop().create_future()
         self._waiting.append(mine)
         self._set_timer()

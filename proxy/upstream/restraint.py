@@ -19,7 +19,7 @@ from proxy.errors import RegistryError, SecretRefused, TooManyRequests, Upstream
 from proxy.metrics import Metrics
 from proxy.upstream.breaker import Breaker
 from proxy.upstream.failures import Failed, Failures
-from proxy.upstream.ratelimit import parse_retry_after
+from proxy.upstream.quota import parse_retry_after
 from proxy.upstream.reply import Request, Where
 
 T = TypeVar("T")

@@ -75,7 +75,7 @@ PURE = (
     "errors",
     "upstream/challenge",
     "upstream/addresses",
-    "upstream/ratelimit",
+    "upstream/quota",
     "credentials/credential",
     "credentials/docker_config",
     "credentials/keyring",

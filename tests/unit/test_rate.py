@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.errors import CacheFailing
+from proxy.errors import UpstreamUnavailable
 from proxy.upstream.rate import Rate
 from tests.blackbox.private import Clock, movable_clock
 
@@ -34,7 +34,7 @@ class Asking:
         await settle()
 
     async def _ask(self, number: int) -> None:
-        with suppress(CacheFailing):
+        with suppress(UpstreamUnavailable):
             await self._rate.turn()
             self.done.append(number)
 
@@ -84,7 +84,7 @@ async def test_who_would_wait_too_long_is_told_at_once() -> None:
         rate = Rate("registry.test", 1.0, 1)
         asking = Asking(rate)
         await asking.more(21)
-        with pytest.raises(CacheFailing, match=r"registry\.test .*requestsPerSecond") as caught:
+        with pytest.raises(UpstreamUnavailable, match=r"registry\.test .*requestsPerSecond") as caught:
             await rate.turn()
         assert (caught.value.status, caught.value.headers) == (503, {"Retry-After": "1"})
         await advance(clock, 1)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from proxy.upstream.ratelimit import RateLimit, parse_rate_limit, parse_retry_after
+from proxy.upstream.quota import RateLimit, parse_rate_limit, parse_retry_after
 
 NOW = 1_789_996_400.0
 
