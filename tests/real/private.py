@@ -452,12 +452,14 @@ def htpasswd(*accounts: Account) -> str:
 
 
 @contextmanager
-def private_registry(guard: Guard, root: Path, data: Path) -> Iterator[Private]:
-    """A registry with this data to which Alice and Bob have the keys."""
+def private_registry(
+    guard: Guard, root: Path, data: Path, rights: Mapping[str, tuple[str, ...]] = RIGHTS
+) -> Iterator[Private]:
+    """A registry with this data to which Alice and Bob have the keys. ``rights``: where there are any, as in ``RIGHTS``."""
     root.mkdir(parents=True)
     passwords, bundle = root / "htpasswd", root / "issuer.pem"
     passwords.write_text(htpasswd(ALICE, BOB))
-    with TokenServer((ALICE, BOB), RIGHTS) as tokens:
+    with TokenServer((ALICE, BOB), rights) as tokens:
         bundle.write_bytes(tokens.certificate)
         auth: dict[str, dict[str, Any]] = {
             "htpasswd": {"realm": "private", "path": str(passwords)},

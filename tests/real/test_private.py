@@ -146,9 +146,10 @@ def serving(
     access: str | Mapping[str, Any],
     secrets: Sequence[Mapping[str, Any]] = (),
     name: str = UPSTREAM,
+    **more: object,
 ) -> Iterator[Served]:
     """pullcache with an empty cache, for which the private registry is ``name``; its log must name no password."""
-    config = pullcache_config(room / "cache", name, private.url)
+    config = pullcache_config(room / "cache", name, private.url, **more)
     config["upstreams"] = [private.upstream(name, access=access)]
     config["imagePullSecrets"] = list(secrets)
     with Line(int(config["listen"].rpartition(":")[2]), keep=1 << 20) as line:
