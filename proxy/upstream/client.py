@@ -21,8 +21,8 @@ from proxy.names import Digest, Reference, Repository
 from proxy.upstream.endpoints import Endpoints
 from proxy.upstream.exchange import Exchange, Lookup, Shown
 from proxy.upstream.failures import Failed
-from proxy.upstream.rate import Rate
 from proxy.upstream.quota import RateLimit
+from proxy.upstream.rate import Rate
 from proxy.upstream.reply import Reply, Request, Where
 from proxy.upstream.restraint import Restraint
 

@@ -208,7 +208,17 @@ def test_no_accept_line_puts_its_own_words_upstream(lines: list[str]) -> None:
 NEGATIVE = {
     *("RegistryError", "NameUnknown", "ManifestUnknown", "BlobUnknown", "LoopDetected", "CacheFailing"),
     *("UpstreamFailing", "UpstreamUnavailable", "UpstreamBroken", "UpstreamIntercepted", "UpstreamRefused"),
-    *("SecretRefused", "ManifestGone", "TooManyRequests", "Mismatch", "_OtherSize", "RealmRefused", "Dropped", "Garbled"),
+    *(
+        "SecretRefused",
+        "ManifestGone",
+        "TooManyRequests",
+        "Mismatch",
+        "_OtherSize",
+        "RealmRefused",
+        "Dropped",
+        "Garbled",
+        "WaitedTooLong",
+    ),
 }
 """There is none, or none to be had now."""
 
