@@ -34,10 +34,12 @@ from proxy.fetch import Fetcher
 from proxy.handlers import Handlers
 from proxy.image_pull_policy import PullPolicies
 from proxy.images import Images
+from proxy.links import Links
 from proxy.listener import Listener
 from proxy.metrics import Metrics
 from proxy.policy import Routes, Staleness
-from proxy.pull import Pull
+from proxy.pull_blobs import Blobs
+from proxy.pull_manifests import Manifests
 from proxy.rules import Rules
 from proxy.storage.store import Store
 from proxy.threads import Threads
@@ -135,6 +137,7 @@ async def build(config: Config) -> AsyncIterator[Cache]:
         stack.push_async_callback(gate.close)
         policies = PullPolicies(config)
         staleness = Staleness(config.stale_if_error, config.max_stale, config.deleted_grace)
+        links = Links(upstreams, store, threads, metrics)
         images = Images(store, timer, are_counted=config.image_limit is not None)
         handlers = Handlers(
             upstreams,
@@ -143,7 +146,8 @@ async def build(config: Config) -> AsyncIterator[Cache]:
             policies,
             access,
             store,
-            Pull(upstreams, store, fetcher, images, threads, metrics, staleness),
+            Manifests(links, store, threads, metrics, staleness),
+            Blobs(links, store, fetcher, images),
             Discovery(upstreams, store, threads, metrics, staleness),
             images,
             routes_of(config),

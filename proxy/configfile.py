@@ -18,7 +18,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from proxy.config import PUBLIC_REGISTRIES, AccessConfig, Config
+from proxy.config import Config
+from proxy.config_upstreams import PUBLIC_REGISTRIES, AccessConfig
 from proxy.names import DOCKER_HUB, DOCKER_HUB_ALIASES, canonical_host, path_form
 from proxy.values import Address, parse_address
 

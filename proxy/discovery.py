@@ -37,7 +37,8 @@ from proxy.storage.base import InlineContent
 from proxy.storage.catalog import Listed
 from proxy.storage.store import Store
 from proxy.threads import Threads
-from proxy.upstream.client import ManifestBody, Page, Upstream
+from proxy.upstream.client import Upstream
+from proxy.upstream.content import ManifestBody, Page
 
 log = logging.getLogger(__name__)
 

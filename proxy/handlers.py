@@ -1,4 +1,4 @@
-"""The endpoints of the registry API (OCI distribution spec 1.1.1): parse, ask ``pull`` or ``discovery``, send."""
+"""The endpoints of the registry API (OCI distribution spec 1.1.1): parse, ask for manifest, blob or list, send."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from proxy.logs import printable
 from proxy.metrics import Metrics
 from proxy.names import Digest, Reference, Repository, parse_digest, parse_reference
 from proxy.policy import Routes, classify_accept, route
-from proxy.pull import Pull
+from proxy.pull_blobs import Blobs
+from proxy.pull_manifests import Manifests
 from proxy.ranges import Range, parse_range
 from proxy.rules import Rules
 from proxy.send import COMMON_HEADERS, DECISION_HEADER, send
@@ -90,7 +91,8 @@ class Handlers:
     policies: PullPolicies
     access: Access
     store: Store
-    pull: Pull
+    manifests: Manifests
+    blobs: Blobs
     discovery: Discovery
     images: Images
     routes: Routes
@@ -108,7 +110,7 @@ class Handlers:
         reference = parse_reference(path["reference"])
         asked = self._asked(request, path["name"], reference)
         accept = classify_accept(request.headers.getall("Accept", []))
-        ask = self.pull.manifest_head if request.method == "HEAD" else self.pull.manifest
+        ask = self.manifests.head if request.method == "HEAD" else self.manifests.get
         probe = probes.of_manifest(asked.upstream, asked.repository, reference)
 
         async def answer(target: Target) -> Answer:
@@ -124,10 +126,10 @@ class Handlers:
         asked = self._asked(request, path["name"], digest)
         probe = probes.of_blob(asked.upstream, asked.repository, digest, self.store)
         if request.method == "HEAD":
-            return await self._answer(request, asked, probe, lambda target: self.pull.blob_head(target, digest))
+            return await self._answer(request, asked, probe, lambda target: self.blobs.head(target, digest))
         part = range_of(request, digest)
         start = (part.first or 0) if part else 0
-        return await self._answer(request, asked, probe, lambda target: self.pull.blob(target, digest, start))
+        return await self._answer(request, asked, probe, lambda target: self.blobs.get(target, digest, start))
 
     async def tags(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """end-8: a page of a repository's tags."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.alias_generators import to_camel
 
 from proxy.names import canonical_host, is_host, is_host_like
 
@@ -185,6 +186,14 @@ def parse_rate(value: object) -> object:
         return value
     raise ValueError(
         "not a number of more than 0; write for example 10 or 0.5, or leave the key out: then there is no limit"
+    )
+
+
+class Section(BaseModel):
+    """A part of the configuration: its keys are camelCase, no other is taken, and no error repeats a value."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, extra="forbid", frozen=True, hide_input_in_errors=True, validate_default=True
     )
 
 

@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from proxy.config import BackoffConfig, PullPolicy, UpstreamConfig
+from proxy.config import BackoffConfig, PullPolicy
+from proxy.config_upstreams import UpstreamConfig
 from proxy.credentials.credential import Asker, Credential, Found, Identity
 from proxy.errors import NameUnknown, RegistryError, UpstreamBroken, UpstreamFailing, UpstreamUnavailable
 from proxy.kubernetes import PodPull
@@ -24,7 +25,8 @@ from proxy.metrics import Metrics
 from proxy.names import Digest, ImageName, Reference, Repository, digest_of, path_form
 from proxy.platforms import Platform, select
 from proxy.upstream.auth import RealmRefused
-from proxy.upstream.client import ManifestBody, Upstream
+from proxy.upstream.client import Upstream
+from proxy.upstream.content import ManifestBody
 
 PODS_AT_ONCE = 4
 _LAYERS_AT_ONCE = 3  # as containerd fetches an image

@@ -14,7 +14,8 @@ from proxy.listings import ListInvalid, ListQuery, parse_tags
 from proxy.manifests import MODERN, ManifestInvalid, parse_manifest
 from proxy.names import Digest, Reference, Repository
 from proxy.storage.store import Store
-from proxy.upstream.client import ManifestBody, Page, Upstream
+from proxy.upstream.client import Upstream
+from proxy.upstream.content import ManifestBody, Page
 
 
 @dataclass(frozen=True, slots=True)

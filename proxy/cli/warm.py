@@ -13,7 +13,8 @@ import click
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from proxy.cli.explain import Admin, Unasked, ask, reachable
-from proxy.config import Config, UpstreamConfig
+from proxy.config import Config
+from proxy.config_upstreams import UpstreamConfig
 from proxy.errors import RegistryError
 from proxy.image_pull_policy import derived_policy
 from proxy.kubernetes import Plan, PodImage, PodPull, plan

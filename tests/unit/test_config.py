@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from proxy.config import PUBLIC_REGISTRIES, Config
+from proxy.config import Config
+from proxy.config_upstreams import PUBLIC_REGISTRIES
 from proxy.configfile import ConfigError, keys, load, validate
 from proxy.values import Address, parse_duration, parse_quantity
 

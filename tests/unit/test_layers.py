@@ -25,8 +25,8 @@ ROWS = (
     {"edge"},  # edge stands above handlers: it calls them, and takes DECISION and Handler from there
     {"handlers"},
     {"send"},
-    {"explain", "pull", "discovery", "warm"},
-    {"images"},
+    {"explain", "pull_manifests", "pull_blobs", "discovery", "warm"},
+    {"images", "links"},
     {"kubernetes_files"},
     {"kustomize"},
     {"kubernetes"},
@@ -38,6 +38,7 @@ ROWS = (
     {"credentials/*"},  # storage and upstream know whose a link or a request is, and nothing of who may read
     {"listings", "configfile", "rules", "documents", "platforms"},
     {"config", "manifests", "watch"},
+    {"config_upstreams"},
     {"values"},
     {"names", "ranges", "once", "threads", "certificates", "files"},
     {"errors", "logs", "metrics"},
@@ -51,7 +52,7 @@ FOREIGN = {
     "click": {"cli/*"},
     "tqdm": {"cli/warm"},
     "yaml": {"configfile", "documents", "credentials/docker_config", "credentials/providers"},
-    "pydantic": {"config", "configfile", "values"},
+    "pydantic": {"config", "config_upstreams", "configfile", "values"},
     "prometheus_client": {"metrics", "upstream/*"},
     "ssl": {"upstream/*", "certificates", "cli/explain"},
     "bcrypt": {"access/htpasswd"},

@@ -15,7 +15,7 @@ from proxy.access.attempts import Attempts
 from proxy.access.caller import Caller
 from proxy.access.probes import Probe
 from proxy.access.proofs import Access, Withdrawn, mode_of
-from proxy.config import UpstreamConfig
+from proxy.config_upstreams import UpstreamConfig
 from proxy.credentials.credential import ANONYMOUS, QUOTA, SECRET, Asker, Credential, Identity, Proof
 from proxy.errors import (
     BlobUnknown,
@@ -38,7 +38,8 @@ from proxy.names import Repository, digest_of
 from proxy.storage.base import Origin
 from proxy.storage.store import Store
 from proxy.threads import Threads
-from proxy.upstream.client import Page, Upstream
+from proxy.upstream.client import Upstream
+from proxy.upstream.content import Page
 from tests.unit.clock import Clock
 
 APP, OTHER = Repository("team/app"), Repository("team/other")

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from proxy.config import PullSecretSource, UpstreamConfig
+from proxy.config import PullSecretSource
+from proxy.config_upstreams import UpstreamConfig
 from proxy.configfile import validate
 from proxy.credentials.credential import Credential
 from proxy.credentials.helpers import CredentialHelpers
