@@ -2,8 +2,8 @@
 
     names -> route -> access -> policy -> content
 
-Access comes first, and then whether the upstream is asked: for where a tag points as its pull policy says; and what is held is
-served while the upstream fails.
+Access comes first, and then whether the upstream is asked where a tag points: as its pull policy says. What is held is served
+while the upstream fails.
 """
 
 from __future__ import annotations
