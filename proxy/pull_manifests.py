@@ -2,7 +2,7 @@
 
     names -> route -> access -> policy -> content
 
-Access comes first, and then whether the upstream is asked where a tag points: as its pull policy says. What is held is served
+Access comes first. Whether the upstream is asked where a tag points is for its pull policy to say. What is held is served
 while the upstream fails.
 """
 
