@@ -561,6 +561,7 @@ async def opened(folder: Path, log_format: str, end: signal.Signals) -> Watched:
         config = pullcache_config(folder / "cache", "public.test", public.url)
         config |= {
             "upstreams": list(watched.sections.values()),
+            "backoff": {"initial": "0s", "notFound": "0s", "refused": "0s"},  # so that each question reaches its place
             "externalURL": f"http://{config['listen']}",
             "imagePullSecrets": sources,
             "imageCredentialProvider": plugins,
@@ -945,6 +946,7 @@ async def guarded(folder: Path, log_format: str, end: signal.Signals) -> Watched
         config = pullcache_config(folder / "cache", "public.test", public.url)
         config |= {
             "upstreams": list(watched.sections.values()),
+            "backoff": {"initial": "0s", "notFound": "0s", "refused": "0s"},  # so that each question reaches its place
             "listener": pair | {"htpasswdFile": at["htpasswd"]},
             "adminListener": pair | {"tokenFile": at["token"]},
             "imagePullSecrets": [
