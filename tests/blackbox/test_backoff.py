@@ -490,3 +490,30 @@ async def test_who_answers_the_probe_with_an_error_only_is_still_tried(
         while (await cache.get(manifest_path("1"))).status != 200:
             await asyncio.sleep(0.001)
     assert cache.metric("upstream_unavailable", upstream="registry.test") == 0
+
+
+async def test_t45_a_flood_of_cold_tags_is_held_to_the_rate(
+    clock: Clock, start_cache: StartCache, registry: ScriptedRegistry, image: Image
+) -> None:
+    """One client asks for what does not exist, as much as it may; the registry is asked no more often than configured, and
+    another client's hits do not wait."""
+    keys: dict[str, Any] = {"requestsPerSecond": 10, "requestBurst": 20}
+    cache = await start_cache(upstream(registry, **keys), alwaysPullImages=False, **BACKOFF)
+    assert (await cache.get(manifest_path("1"))).status == 200
+    clock.hold()
+    before = len(registry.requests)
+    flood = [
+        asyncio.create_task(fetch_from("127.0.0.2", cache, "GET", manifest_path(f"x{number}"))) for number in range(250)
+    ]
+    while sum(task.done() for task in flood) < 250 - 200:
+        assert (await cache.get(manifest_path("1"))).status == 200
+        await asyncio.sleep(0)
+    assert len(registry.requests) - before == 19, "the burst, of which the first pull has taken one"
+    assert {task.result().status for task in flood if task.done()} == {404, 503}
+    clock.go_on()
+    for task in flood:
+        task.cancel()
+    await asyncio.gather(*flood, return_exceptions=True)
+    clock.advance(2)
+    assert (await cache.get(manifest_path("x"))).status == 404, "who has gone keeps nobody waiting"
+    assert len(registry.requests) - before <= 19 + 30
