@@ -123,7 +123,7 @@ class Upstream:
         """
         shown = await self._exchange.prepare(repository, asker, by_head=True)
 
-        request = Request("HEAD", _manifest_path(repository, reference), repository, {"Accept": accept})
+        request = Request("HEAD", "manifest", _manifest_path(repository, reference), repository, {"Accept": accept})
 
         async def ask(where: Where) -> ManifestHead:
             async with self._reply(where, request, shown) as reply:
@@ -153,7 +153,7 @@ class Upstream:
         shown = await self._exchange.prepare(repository, asker)
 
         headers = {"Accept": accept} | ({"Cache-Control": "no-cache"} if no_cache else {})
-        request = Request("GET", _manifest_path(repository, reference), repository, headers)
+        request = Request("GET", "manifest", _manifest_path(repository, reference), repository, headers)
 
         async def ask(where: Where) -> T:
             async with self._reply(where, request, shown) as reply:
@@ -169,7 +169,7 @@ class Upstream:
     ) -> int | None:
         """The size of a blob; where ``verify`` refuses it, the next endpoint is asked. Raises ``RegistryError``."""
         path = f"/v2/{repository}/blobs/{digest}"
-        request = Request("HEAD", path, repository)
+        request = Request("HEAD", "blob", path, repository)
         shown = await self._exchange.prepare(repository, asker, by_head=True)
 
         async def size(where: Where) -> int | None:
@@ -181,7 +181,7 @@ class Upstream:
                     if reply.length is not None:
                         return reply.length
             # HEAD is not to be had, for example of a signed URL for GET: one byte is asked for.
-            async with self._reply(where, Request("GET", path, repository, {"Range": "bytes=0-0"}), shown) as reply:
+            async with self._reply(where, Request("GET", "blob", path, repository, {"Range": "bytes=0-0"}), shown) as reply:
                 await reply.check(self._no_blob(repository, digest))
                 if reply.status == 206:
                     return reply.part.total if reply.part else None
@@ -197,7 +197,7 @@ class Upstream:
     async def open_blob(self, repository: Repository, digest: Digest, offset: int, attempt: int, asker: Asker) -> BlobStream:
         """A blob from ``offset`` on, at the endpoint whose turn the ``attempt`` is; raises ``RegistryError``."""
         headers = {"Range": f"bytes={offset}-"} if offset else {}
-        request = Request("GET", f"/v2/{repository}/blobs/{digest}", repository, headers)
+        request = Request("GET", "blob", f"/v2/{repository}/blobs/{digest}", repository, headers)
         count = self._metrics.upstream_bytes.labels(self.name).inc
         shown = await self._exchange.prepare(repository, asker)
 
@@ -246,7 +246,7 @@ class Upstream:
         absent: tuple[int, ...] = (),
     ) -> T:
         target = f"{path}?{query.encoded()}" if query.parameters else path
-        request = Request("GET", target, repository, {"Accept": _LISTS})
+        request = Request("GET", "list", target, repository, {"Accept": _LISTS})
         shown = await self._exchange.prepare(repository, asker)
 
         async def ask(where: Where) -> T:

@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import aiohttp
 from yarl import URL
@@ -65,6 +66,7 @@ class Request:
     """What a repository is asked for: the same at every endpoint, and whoever asks."""
 
     method: str
+    kind: Literal["manifest", "blob", "list"]
     path: str
     repository: Repository
     headers: Mapping[str, str] = field(default_factory=dict)

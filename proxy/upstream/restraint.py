@@ -2,7 +2,8 @@
 
     breaker (the upstream) -> window (what was asked, in whose name) -> limit (an endpoint, in whose name) -> the question
 
-What is not asked has the answer of before. A download that goes on is not held up: it finds out for itself.
+What is not asked has the answer of before. Blobs have no window: a download is shared while it runs, and a client that lost
+one in the middle comes back at once. One that goes on is not held up at all: it finds out for itself.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -84,7 +86,7 @@ class Restraint:
         if goes_on:
             return await ask(restrained)
         self._breaker.check()
-        with self._failures.attempt(_Asked(request.path, identity)):
+        with self._failures.attempt(_Asked(request.path, identity)) if request.kind != "blob" else nullcontext():
             began = self._timer()
             try:
                 return await ask(restrained)
@@ -94,7 +96,7 @@ class Restraint:
 
     async def _ask_one(self, where: Where, request: Request, identity: Identity, question: Question[T]) -> T:
         """Asks one endpoint. Docker Hub counts GETs of manifests alone: while those are too many, all else may be asked."""
-        is_counted = request.method == "GET" and "/manifests/" in request.path
+        is_counted = request.method == "GET" and request.kind == "manifest"
         anything = _Quota(where, identity, is_counted=False)
         quota = _Quota(where, identity, is_counted=is_counted)
         self._limits.check(anything)

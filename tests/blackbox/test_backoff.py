@@ -517,3 +517,13 @@ async def test_t45_a_flood_of_cold_tags_is_held_to_the_rate(
     clock.advance(2)
     assert (await cache.get(manifest_path("x"))).status == 404, "who has gone keeps nobody waiting"
     assert len(registry.requests) - before <= 19 + 30
+
+
+async def test_a_blob_has_no_window(start_cache: StartCache, registry: ScriptedRegistry, image: Image) -> None:
+    """A runtime that is refused a layer goes on elsewhere; one that comes back at once is to get it."""
+    cache = await start_cache(upstream(registry), **BACKOFF)
+    await cache.get(manifest_path("1"))
+    path = blob_path(image.layer_digests[0])
+    registry.script("GET", path, status(500))
+    assert (await cache.get(path)).status == 502
+    assert (await cache.get(path)).body == image.layers[0]

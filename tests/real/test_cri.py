@@ -228,6 +228,8 @@ def test_cri_fails_and_then_succeeds(upstream: DockerRegistry, image: RealImage,
                 wait_until(lambda: is_empty(containerd), "containerd has dropped the parts of what failed")
 
                 line.heal()
+                down = f'upstream_unavailable{{upstream="{UPSTREAM}"}}'
+                wait_until(lambda: pullcache.figure(down) == 0, "a probe has found the registry answering")
                 assert client.pull(name) == image.contents[PLATFORM][0]
                 assert_pulled(containerd, client, name, image)
                 assert_held(pullcache, room / "cache", image.of(PLATFORM))
