@@ -1,6 +1,6 @@
 """Runs every test, and says last how many were skipped and why: ``python -m tests.run [pytest arguments]``.
 
-Without arguments three parts run side by side: with the real programs, about access and credentials, and all else. With
+Without arguments three parts run side by side: with the real programs, about access and pull policies, and all else. With
 ``CI`` set, a skip is a failure: there everything that a test needs can be had, but for what says that it is not.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-_ACCESS = [
+_POLICIES = [
     f"tests/blackbox/test_{name}.py"
     for name in (
         "access",
@@ -26,12 +26,19 @@ _ACCESS = [
         "secrets",
         "rotation",
         "canaries",
+        "admission",
+        "backoff",
+        "decisions",
+        "explain",
+        "image_pull_policy",
+        "policy_table",
+        "warm",
     )
 ]
 PARTS = {
     "real": ["tests/real"],
-    "access": _ACCESS,
-    "rest": ["tests", "--ignore=tests/real", *(f"--ignore={path}" for path in _ACCESS)],
+    "policies": _POLICIES,
+    "rest": ["tests", "--ignore=tests/real", *(f"--ignore={path}" for path in _POLICIES)],
 }
 """Much of each is waiting for others to fail, so that two processors are enough for three."""
 

@@ -199,16 +199,16 @@ async def test_a_download_that_stalls_is_continued(registry: ScriptedRegistry, s
 async def test_one_slow_upstream_does_not_slow_another(
     registry: ScriptedRegistry, start_cache: StartCache, step: Step
 ) -> None:
-    """F33: 60 clients wait for one upstream, and the other is as quick as ever; the slow one is given up."""
+    """F33: 30 clients wait for one upstream, and the other is as quick as ever; the slow one is given up."""
     data = blob_of("F33", LARGE)
     async with ScriptedRegistry() as other:
         image = other.add_image(REPO, "1", [data])
         slow_paths = []
-        for number in range(60):
+        for number in range(30):
             slow = blob_path(registry.add_blob(REPO, blob_of(number, 20_000)))
             registry.script("GET", slow, step, forever=True)
             slow_paths.append(slow)
-        slow_one = upstream(registry, timeouts=HASTY, maxConcurrentFetches=60)
+        slow_one = upstream(registry, timeouts=HASTY, maxConcurrentFetches=30)
         cache = await start_cache(slow_one, upstream(other, "other.test"))
         waiting = [asyncio.create_task(cache.get(path, within=SOON)) for path in slow_paths]
         await registry.wait_for(lambda: len(registry.requests) >= 30)

@@ -25,6 +25,8 @@ from tests.real.services import Pullcache, pullcache_config, status_of
 
 MIB = 1024 * 1024
 LAYER = random.Random(1).randbytes(2 * MIB)
+EACH_TIME = {"backoff": {"initial": "0s"}}
+"""A registry that is back is asked again at once."""
 LARGE = random.Random(2).randbytes(20 * MIB)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 LIBFAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
@@ -191,7 +193,7 @@ async def test_what_is_held_is_served_after_a_start_on_a_disk_that_is_full_to_th
     """F11: the real process, since the catalog opens anew."""
     path = mounted("size=12m")
     image = registry.add_image("team/app", "1", [LAYER])
-    config = pullcache_config(path, "registry.test", registry.url)
+    config = pullcache_config(path, "registry.test", registry.url, **EACH_TIME)
     server = Pullcache(config, root=tmp_path / "server")
     try:
         await asyncio.to_thread(server.start)
@@ -245,7 +247,7 @@ async def test_two_hundred_cold_misses_do_not_keep_others_waiting(registry: Scri
             assert status_of(f"{server.url}/v2/", timeout=30) == 200
             answers.append(time.monotonic() - began)
 
-    with Pullcache(pullcache_config(tmp_path / "cache", "registry.test", registry.url)) as server:
+    with Pullcache(pullcache_config(tmp_path / "cache", "registry.test", registry.url, **EACH_TIME)) as server:
         host, _, port = server.host.rpartition(":")
         asking = asyncio.create_task(asyncio.to_thread(ask))
         try:
@@ -290,7 +292,7 @@ async def test_a_clock_that_jumps_costs_no_blob_and_no_tag(
 ) -> None:
     """F50: ± 400 days, and back 1 h."""
     image = registry.add_image("team/app", "1", [LAYER])
-    server = Shifted(pullcache_config(tmp_path / "cache", "registry.test", registry.url), tmp_path / "server")
+    server = Shifted(pullcache_config(tmp_path / "cache", "registry.test", registry.url, **EACH_TIME), tmp_path / "server")
     try:
         await asyncio.to_thread(server.start)
         assert await pull(server, image, "1") is None
@@ -320,7 +322,7 @@ async def test_a_tag_that_moved_after_the_clock_went_back_is_served_where_it_poi
 ) -> None:
     """F50: stale, too, and after a restart."""
     old = registry.add_image("team/app", "1", [LAYER])
-    server = Shifted(pullcache_config(tmp_path / "cache", "registry.test", registry.url), tmp_path / "server")
+    server = Shifted(pullcache_config(tmp_path / "cache", "registry.test", registry.url, **EACH_TIME), tmp_path / "server")
     try:
         await asyncio.to_thread(server.start)
         await pull(server, old, "1")
