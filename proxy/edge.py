@@ -20,7 +20,7 @@ from proxy.errors import NameUnknown, RegistryError, RequestInvalid, RequestTooL
 from proxy.handlers import CALLER, DECISION, Handler, authorization_of
 from proxy.logs import printable
 from proxy.metrics import Metrics
-from proxy.policy import decision_of
+from proxy.policy import age_header, decision_of
 from proxy.send import BODY_BYTES, COMMON_HEADERS, DECISION_HEADER, PRIVATE, TAKEN, BodyCut, cut
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ async def _ignore_body(request: web.BaseRequest) -> None:
 def render(error: RegistryError, identity: str) -> web.Response:
     """The JSON of an error (OCI distribution spec, "Error Codes"); the input is not repeated in it."""
     body = {"errors": [{"code": error.code, "message": printable(error.message, 1024), "detail": {"request": identity}}]}
-    described = {"X-Request-Id": identity, DECISION_HEADER: decision_of(error)}
+    described = {"X-Request-Id": identity, DECISION_HEADER: decision_of(error), "Age": age_header(error.age)}
     headers = COMMON_HEADERS | PRIVATE | described | error.headers
     response = web.Response(
         status=error.status, body=json.dumps(body).encode(), content_type="application/json", headers=headers

@@ -28,6 +28,8 @@ class RegistryError(Exception):
         self.challenges: tuple[str, ...] = ()
         self.is_remembered = False
         """Whether it was the answer of before: nobody was asked now."""
+        self.age = 0.0
+        """Seconds since it was answered."""
 
 
 class NameInvalid(RegistryError):

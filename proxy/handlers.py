@@ -103,7 +103,7 @@ class Handlers:
         """end-1: this is a registry."""
         self.gate.greet(authorization_of(request))
         request[DECISION] = "hit"
-        return web.json_response({}, headers=COMMON_HEADERS | {DECISION_HEADER: "hit"})
+        return web.json_response({}, headers=COMMON_HEADERS | {DECISION_HEADER: "hit", "Age": "0"})
 
     async def manifest(self, request: web.BaseRequest, path: Match[str]) -> web.StreamResponse:
         """end-3: a manifest, by tag or digest."""

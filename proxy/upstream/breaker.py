@@ -73,7 +73,8 @@ class Breaker:
         if self._may_try:
             self._may_try = False
         else:
-            raise again(self._failure, self._next - asyncio.get_running_loop().time())
+            now = asyncio.get_running_loop().time()
+            raise again(self._failure, self._next - now, now - self._since)
 
     def heard(self) -> None:
         """It has answered."""

@@ -81,7 +81,7 @@ class Failures(Generic[K]):
         """Raises what was answered last, if it may not be asked for again yet."""
         failed, now = self._known(key), self._timer()
         if failed is not None and (failed.window.left(now) > 0 or key in self._trying):
-            raise again(failed.error, failed.window.left(now))
+            raise again(failed.error, failed.window.left(now), now - failed.window.began)
 
     def remember(self, key: K, error: RegistryError, retry_after: float | None = None) -> None:
         """An attempt has failed. ``retry_after``: the seconds that the registry asks to wait, 0 where it does not say;
@@ -139,13 +139,13 @@ class Failures(Generic[K]):
         return self._failures.get(key) or self._noes.get(key)
 
 
-def again(error: E, seconds: float) -> E:
-    """An error once more, for somebody for whom nobody was asked: the next attempt is in so many seconds."""
+def again(error: E, seconds: float, age: float) -> E:
+    """An error of ``age`` seconds ago, for somebody for whom nobody was asked: the next attempt is in so many seconds."""
     wait = max(1, math.ceil(seconds))
     at = time.strftime("%H:%M:%S", time.gmtime(time.time() + wait))
     told = copy.copy(error)
     told.message = f"{error.message}; it was not asked again: the next attempt is in {wait} s, at {at} UTC"
     told.args = (told.message,)
     told.headers = {**error.headers, "Retry-After": str(wait)} if error.status in (429, 502, 503) else error.headers
-    told.is_remembered = True
+    told.is_remembered, told.age = True, age
     return told

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from tests.blackbox.private import (
 from tests.conftest import RunningCache, StartCache, upstream
 from tests.fakes.answers import Step, before_headers, gate, oci_error, status, too_many_requests
 from tests.fakes.content import Image
+from tests.fakes.recorder import listen
 from tests.fakes.registry import ScriptedRegistry
 
 REPO = "team/app"
@@ -82,14 +86,16 @@ async def test_a_failing_reference_is_asked_for_once_a_window(
 
 
 async def test_the_error_of_before_says_when_the_next_attempt_is(
-    start_cache: StartCache, registry: ScriptedRegistry, image: Image
+    clock: Clock, start_cache: StartCache, registry: ScriptedRegistry, image: Image
 ) -> None:
-    """In its text, which ``kubectl describe pod`` shows, and in ``Retry-After``."""
+    """In its text, which ``kubectl describe pod`` shows, and in ``Retry-After``; ``Age`` says how old it is."""
     cache = await start_cache(upstream(registry), **BACKOFF)
     registry.script("*", manifest_path("1"), status(500), forever=True)
     await cache.get(manifest_path("1"))
+    clock.advance(4)
     answer = await cache.get(manifest_path("1"))
-    assert 1 <= int(answer.headers.get("Retry-After") or 0) <= 10
+    assert 1 <= int(answer.headers.get("Retry-After") or 0) <= 6
+    assert 4 <= int(answer.headers.get("Age") or 0) <= 9
     message = error_of(answer)[2]
     assert "registry.test" in message
     assert "answered 500" in message
@@ -246,28 +252,50 @@ async def test_an_upstream_that_is_back_after_an_hour_is_used_within_one_probe(
     assert (await cache.get(manifest_path("2"))).body == new.data
 
 
+@contextmanager
+def dropping(port: int) -> Iterator[None]:
+    """Whoever connects to that port has his packets dropped by the kernel: its listener's backlog is full."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(listen("127.0.0.1", port, backlog=0))
+        for _ in range(4):
+            caller = stack.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex(listener.getsockname())
+        yield
+
+
+@pytest.mark.parametrize("kind", ["silent", "packets dropped"])
 async def test_a_black_hole_is_waited_for_once(
-    clock: Clock, start_cache: StartCache, registry: ScriptedRegistry, image: Image
+    clock: Clock, start_cache: StartCache, registry: ScriptedRegistry, kind: str
 ) -> None:
     """What is held by an ``Always`` tag waits for the budget of one HEAD; by an ``IfNotPresent`` tag nobody is asked."""
     rules = {"rules": [{"match": "*:always", "policy": "Always"}]}
-    registry.add_image(REPO, "always", [b"always"])
     cache = await start_cache(upstream(registry), alwaysPullImages=False, imagePullPolicy=rules, **BACKOFF)
     for tag in ("1", "always"):
+        registry.add_image(REPO, tag, [tag.encode()])
         await cache.get(manifest_path(tag))
-    opened = asyncio.Event()
-    silent = registry.script("*", lambda _: True, gate(opened), forever=True)
-    assert (await cache.get(manifest_path("1"))).status == 200
-    assert silent.used == 0
-    first = asyncio.create_task(cache.get(manifest_path("always")))
-    await registry.wait_for(lambda: silent.used == 1)
-    clock.advance(3)
-    assert (await first).headers.get("Warning", "")
-    for _ in range(20):
-        answer = await cache.get(manifest_path("always"))
-        assert "did not answer within 3 s" in (answer.headers.get("Warning") or "")
-    assert asked(registry, manifest_path("always")) == 2, "the pull that fetched it, and the one that waited"
-    opened.set()
+    asked = cache.metric("upstream_requests_total")
+    with ExitStack() as stack:
+        if kind == "silent":
+            registry.script("*", lambda _: True, gate(asyncio.Event()), forever=True)
+        else:
+            await registry.stop()
+            stack.enter_context(dropping(registry.port))
+        assert (await cache.get(manifest_path("1"))).status == 200
+        assert cache.metric("upstream_requests_total") == asked
+        began = asyncio.get_running_loop().time()
+        first = asyncio.create_task(cache.get(manifest_path("always")))
+        while not first.done():
+            clock.advance(0.1)
+            await asyncio.sleep(0.01)
+        assert 2.9 < asyncio.get_running_loop().time() - began < 10, "one budget, of 3 s"
+        assert first.result().headers.get("Warning")
+        clock.hold()  # no time is left to anybody who would wait
+        for _ in range(20):
+            answer = await cache.get(manifest_path("always"))
+            assert "did not answer within 3 s" in (answer.headers.get("Warning") or "")
+            assert (await cache.get(manifest_path("absent"))).status == 503
+        clock.go_on()
 
 
 async def test_a_reference_that_drops_connections_is_no_outage(
