@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import ssl
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -120,13 +121,21 @@ def ask(
 def _asked(request: Request, token_file: Path | None, ca_file: Path | None) -> Any:
     try:
         if token_file is not None:
-            request.add_header("Authorization", f"Bearer {token_file.read_text().strip()}")
+            request.add_header("Authorization", f"Bearer {_token_in(token_file)}")
         tls = ssl.create_default_context(cafile=ca_file)
     except (OSError, ValueError) as error:
         file = getattr(error, "filename", None) or ca_file or token_file
         raise Unasked(f"{file}: cannot be used: {getattr(error, 'strerror', None) or error}") from error
     with build_opener(ProxyHandler({}), HTTPSHandler(context=tls)).open(request, timeout=SECONDS) as answer:
         return json.loads(answer.read(_MOST))
+
+
+def _token_in(file: Path) -> str:
+    """What a file holds, if a header can show it: the texts of other errors would quote it."""
+    content = file.read_bytes().strip()
+    if not re.fullmatch(rb"[!-~]+", content):
+        raise Unasked(f"{file}: holds no token: one line without spaces is needed")
+    return content.decode()
 
 
 def _hint(url: str, reason: object) -> str:

@@ -109,6 +109,23 @@ def test_an_explanation_that_cannot_be_had_says_why(arguments: list[str], told: 
     assert told in result.stderr
 
 
+@pytest.mark.parametrize(
+    "content", [b"hunter2-one\nhunter2-two", b"hunter2 two", "hunter2-\u20ac".encode(), b"hunter2-\xff", b"", b"\n"]
+)
+def test_a_token_file_that_holds_no_token_is_named_and_not_quoted(tmp_path: Path, content: bytes) -> None:
+    """What no header can show is refused before anybody is asked; nothing of it is printed."""
+    file = tmp_path / "token"
+    file.write_bytes(content)
+    for command in (["explain"], ["warm", "--server", "http://127.0.0.1:1"]):
+        result = invoke(*command, "docker.io/library/debian:12", "--admin", "127.0.0.1:1", "--token-file", str(file))
+        assert result.exit_code == 1
+        assert f"{file}: holds no token" in result.stderr
+        for told in (result.stderr, result.stdout, repr(result.exception)):
+            assert "hunter2" not in told
+            assert "0xff" not in told
+            assert "20ac" not in told
+
+
 class Files:
     """Certificates and keys, good and bad."""
 
