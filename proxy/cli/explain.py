@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import ssl
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode
-from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
+from urllib.request import HTTPRedirectHandler, HTTPSHandler, ProxyHandler, Request, build_opener
 
 import click
 
@@ -108,7 +109,8 @@ def ask(
         found = _asked(Request(f"{url}/explain?{query}"), token_file, ca_file)  # noqa: S310 - the operator's own address
     except HTTPError as error:
         wanted = f"{token_file} does not hold its token" if token_file else "it wants its token; give --token-file"
-        raise Unasked(f"{admin}: {wanted if error.code == 401 else f'it answered {error.code}'}") from error
+        other = f"it answered {error.code}; is this its admin address?"
+        raise Unasked(f"{admin}: {wanted if error.code == 401 else other}") from error
     except (URLError, OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         is_nobody = isinstance(reason, ConnectionRefusedError)
@@ -126,8 +128,15 @@ def _asked(request: Request, token_file: Path | None, ca_file: Path | None) -> A
     except (OSError, ValueError) as error:
         file = getattr(error, "filename", None) or ca_file or token_file
         raise Unasked(f"{file}: cannot be used: {getattr(error, 'strerror', None) or error}") from error
-    with build_opener(ProxyHandler({}), HTTPSHandler(context=tls)).open(request, timeout=SECONDS) as answer:
+    with build_opener(ProxyHandler({}), HTTPSHandler(context=tls), _NoRedirect()).open(request, timeout=SECONDS) as answer:
         return json.loads(answer.read(_MOST))
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    """The token is for the address that was named, and no other."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
 
 
 def _token_in(file: Path) -> str:
@@ -141,7 +150,9 @@ def _token_in(file: Path) -> str:
 def _hint(url: str, reason: object) -> str:
     if isinstance(reason, ssl.SSLCertVerificationError):
         return "give its CA: --ca-file"
-    if url.startswith("http://") and not isinstance(reason, ConnectionRefusedError):
+    if isinstance(reason, ssl.SSLError):
+        return "if it has no TLS, write --admin http://..."
+    if url.startswith("http://") and not isinstance(reason, ConnectionRefusedError | socket.gaierror):
         return "if it has TLS, write --admin https://..."
     return "is pullcache running, and is this its admin address?"
 

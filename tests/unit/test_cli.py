@@ -11,7 +11,10 @@ import socket
 import subprocess
 import sys
 import termios
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import trustme
@@ -124,6 +127,57 @@ def test_a_token_file_that_holds_no_token_is_named_and_not_quoted(tmp_path: Path
             assert "hunter2" not in told
             assert "0xff" not in told
             assert "20ac" not in told
+
+
+class _Other(BaseHTTPRequestHandler):
+    """What is no pullcache: it sends away, or knows no such page."""
+
+    def do_GET(self) -> None:
+        assert isinstance(self.server, _OtherServer)
+        self.server.asked.append((self.path, self.headers.get("Authorization")))
+        away = self.path.startswith("/away/explain")
+        self.send_response(302 if away else 404)
+        if away:
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/elsewhere")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing is printed."""
+
+
+class _OtherServer(HTTPServer):
+    """It, and what it was asked with which token."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Other)
+        self.asked: list[tuple[str, str | None]] = []
+
+
+@pytest.fixture
+def other() -> Iterator[_OtherServer]:
+    with _OtherServer() as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_an_operators_token_follows_no_redirect(tmp_path: Path, other: _OtherServer) -> None:
+    file = tmp_path / "token"
+    file.write_text("hunter2-hunter2-hunter2")
+    address = f"http://127.0.0.1:{other.server_port}/away"
+    result = invoke("explain", "docker.io/library/debian", "--admin", address, "--token-file", str(file))
+    assert (result.exit_code, [path.partition("?")[0] for path, _ in other.asked]) == (1, ["/away/explain"])
+    assert f"{address}: it answered 302; is this its admin address?" in result.stderr
+
+
+def test_what_is_no_pullcache_is_told(other: _OtherServer) -> None:
+    address = f"127.0.0.1:{other.server_port}"
+    assert "it answered 404; is this its admin address?" in invoke("explain", "a", "--admin", address).stderr
+    told = invoke("explain", "a", "--admin", f"https://{address}").stderr
+    assert "if it has no TLS, write --admin http://..." in told
 
 
 class Files:
