@@ -9,7 +9,7 @@ from typing import Any
 from proxy.access.proofs import mode_of
 from proxy.credentials.credential import QUOTA, Credential
 from proxy.credentials.secrets import PullSecrets
-from proxy.errors import RegistryError
+from proxy.errors import Denied, RegistryError, TooManyRequests
 from proxy.held import Holding, holding
 from proxy.image_pull_policy import PullDecision, PullPolicies
 from proxy.names import ImageName, parse_image_name
@@ -94,7 +94,7 @@ class Explain:
             "credentialFailure": found.failure,
             "pull": f"a pull is refused: the rule '{verdict.rule}' denies it"
             if not verdict.allowed
-            else self._pull(image, policy, held, back, upstream),
+            else self._pull(image, policy, held, upstream),
         }
 
     def _routing(self, image: ImageName) -> str:
@@ -103,48 +103,58 @@ class Explain:
         default = ", or neither: it is the default upstream" if self._routes.default == image.host else ""
         return f"ns={image.host}, or the path /v2/{path}/{image.repository}{default}"
 
-    def _pull(
-        self,
-        image: ImageName,
-        policy: PullDecision,
-        held: Holding,
-        back: list[dict[str, Any]],
-        upstream: Upstream,
-    ) -> str:
+    def _pull(self, image: ImageName, policy: PullDecision, held: Holding, upstream: Upstream) -> str:
         """In one sentence what a pull would do now."""
-        blocked = upstream.outage or (back[0]["error"] if back else "")
-        when = (
-            "it is probed every 5 s"
-            if upstream.outage
-            else f"the next attempt is in {back[0]['nextAttemptIn']:g} s"
-            if back
-            else ""
-        )
-        rest = _rest(held, upstream.name, asks=policy.asks, blocked=blocked)
-        is_by_digest = image.digest is not None
+        is_public, age = mode_of(upstream.config, image.repository) == "public", held.age or 0.0
         if held.manifest is None:
             if not policy.asks:
-                return f"a pull is refused with ErrImageNeverPull: it is not held, and {policy.why}"
-            if blocked:
-                return f"a pull fails, nobody is asked: {blocked}; {when}"
-            return f"a pull fetches it from {upstream.name}"
-        if is_by_digest or policy.serves_held(held.age or 0.0) or upstream.is_saving(QUOTA):
-            return f"a pull is served from the cache, and nobody is asked{rest}"
-        if not blocked:
+                return f"a pull is refused with ErrImageNeverPull: it is not held, and no registry is asked: {policy.why}"
+            why, _ = _hindrance(image, upstream, is_public=is_public, by_head=False)
+            return f"a pull fails, nobody is asked: {why}" if why else f"a pull fetches it from {upstream.name}"
+        rest = _rest(held, upstream, image, asks=policy.asks)
+        is_spared = policy.policy != "Always" and upstream.is_saving(QUOTA)
+        if image.digest is not None or policy.serves_held(age) or is_spared:
+            right = " but for the right to read it" if policy.asks and not is_public else ""
+            return f"a pull is served from the cache, and nobody is asked{right}{rest}"
+        why, is_refused = _hindrance(image, upstream, is_public=is_public, by_head=True)
+        if not why:
             return f"a pull asks {upstream.name} by one HEAD; where the tag has not moved it is served from the cache{rest}"
-        if self._staleness.serves(held.age or 0.0):
-            return f"a pull is served what is held, with a Warning, and nobody is asked: {blocked}; {when}{rest}"
-        return f"a pull fails, since nothing stale is served: {blocked}; {when}"
+        if is_refused:
+            return f"a pull fails, nobody is asked: {why}"
+        if self._staleness.serves(age):
+            return f"a pull is served what is held, with a Warning, and nobody is asked: {why}{rest}"
+        return f"a pull fails, since nothing stale is served: {why}"
 
 
-def _rest(held: Holding, name: str, *, asks: bool, blocked: str) -> str:
-    """What becomes of the blobs that are not held."""
-    if held.is_complete:
+def _hindrance(image: ImageName, upstream: Upstream, *, is_public: bool, by_head: bool) -> tuple[str, bool]:
+    """Why the registry is not asked for that now, whoever wants it, and until when; and whether it has refused it."""
+    if upstream.outage:
+        return f"{upstream.outage}; it is probed every 5 s", False
+    for identity, failed, left in upstream.held_back(image.repository, image.reference, by_head=by_head):
+        is_refused = isinstance(failed.error, Denied)
+        is_anothers = identity.proof == "client" or (is_refused and identity.proof == "anonymous" and not is_public)
+        if not is_anothers:
+            return f"{failed.error.message}; the next attempt is in {left:.3g} s", is_refused
+    return "", False
+
+
+def _rest(held: Holding, upstream: Upstream, image: ImageName, *, asks: bool) -> str:
+    """What becomes of the parts that are not held."""
+    if held.error:
+        return f"; {held.error}"
+    if not held.missing:
         return ""
-    count = f"{len(held.missing)} of its blobs" if held.missing else "its other parts"
+    manifests = len({each.manifest for each in held.wanted} & set(held.missing))
+    counts = ((manifests, "manifest"), (len(held.missing) - manifests, "blob"))
+    parts = " and ".join(f"{count} {kind}{'s' if count > 1 else ''}" for count, kind in counts if count)
+    are = "is" if len(held.missing) == 1 else "are"
     if not asks:
-        return f"; {count} are not held, and then it fails with ErrImageNeverPull"
-    return f"; {count} are not held, and {'cannot be had now' if blocked else f'fetched from {name}'}"
+        return f"; {parts} of it {are} not held, and then it fails with ErrImageNeverPull"
+    limits = upstream.held_back(image.repository, image.reference, by_head=not manifests)
+    limited = any(isinstance(each.error, TooManyRequests) and who.proof != "client" for who, each, _ in limits)
+    if upstream.outage or limited:
+        return f"; {parts} of it {are} not held, and cannot be had now"
+    return f"; {parts} of it {are} not held, and {are} fetched from {upstream.name}"
 
 
 def _held(held: Holding) -> dict[str, Any]:
@@ -153,6 +163,7 @@ def _held(held: Holding) -> dict[str, Any]:
         "manifest": str(held.manifest) if held.manifest else None,
         "confirmedAgo": None if held.age is None else round(held.age, 1),
         "missing": [str(digest) for digest in held.missing],
+        "error": held.error or None,
         "images": [
             {
                 "platform": image.platform,

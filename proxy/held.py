@@ -41,6 +41,8 @@ class Holding:
     images: Sequence[HeldImage] = ()
     wanted: Sequence[HeldImage] = ()
     """Those of the platform that was asked for; where none was, the one of which the least is missing."""
+    error: str = ""
+    """Why there is none of that platform."""
 
     @property
     def is_complete(self) -> bool:
@@ -77,8 +79,8 @@ def holding(
         return Holding(digest, age, images, sorted(images, key=lambda image: len(image.missing) + (not image.held))[:1])
     try:
         wanted = select(manifest, body, platform)
-    except ManifestUnknown:
-        wanted = ()
+    except ManifestUnknown as error:
+        return Holding(digest, age, images, error=error.message)
     return Holding(digest, age, images, [image for image in images if image.manifest in wanted])
 
 

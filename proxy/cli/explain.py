@@ -183,15 +183,20 @@ def _held_lines(held: dict[str, Any], is_fresh: bool | None) -> list[str]:
     if held["manifest"] is None:
         return ["held        nothing"]
     age = held["confirmedAgo"]
-    told = f"held        {held['manifest']}"
+    told = [f"held        {held['manifest']}"]
     if age is not None:
-        told += f", confirmed {age:g} s ago ({'fresh' if is_fresh else 'to be asked for again'})"
-    images = [
-        f"            {image['platform'] or 'image'}: "
-        + (f"whole, {image['bytes']} bytes of blobs" if image["complete"] else f"{len(image['missing'])} missing")
-        for image in held["images"]
-    ]
-    return [told, *images]
+        told[0] += f", confirmed {age:g} s ago ({'fresh' if is_fresh else 'to be asked for again'})"
+    told += [f"            {image['platform'] or 'image'}: {_parts(image)}" for image in held["images"]]
+    return [*told, f"            {held['error']}"] if held["error"] else told
+
+
+def _parts(image: dict[str, Any]) -> str:
+    """How much of one platform's image is held."""
+    if image["complete"]:
+        return f"whole, {image['bytes']} bytes of blobs"
+    if image["manifest"] in image["missing"]:
+        return "its manifest is not held"
+    return f"{len(image['missing'])} of its {image['held'] + len(image['missing'])} blobs are missing"
 
 
 def _upstream_lines(found: dict[str, Any]) -> list[str]:

@@ -78,9 +78,12 @@ class Upstream:
         """Why it is not asked at all now; empty while it is."""
         return self._restraint.outage.message if self._restraint.outage else ""
 
-    def held_back(self, repository: Repository, reference: Reference) -> list[tuple[Identity, Failed, float]]:
+    def held_back(
+        self, repository: Repository, reference: Reference, *, by_head: bool = False
+    ) -> list[tuple[Identity, Failed, float]]:
         """Why that is not asked for now, in whose name, and for how many seconds."""
-        return self._restraint.state(_manifest_path(repository, reference))
+        path = _manifest_path(repository, reference)
+        return self._restraint.state(Request("HEAD" if by_head else "GET", "manifest", path, repository))
 
     def use_files_again(self) -> None:
         """Uses the certificates that the files hold now; raises ``TLSFileUnusable``."""

@@ -42,11 +42,6 @@ class Failed:
     error: RegistryError
     window: Window
 
-    @property
-    def is_failure(self) -> bool:
-        """Whether the registry failed; else it has answered, with a no."""
-        return isinstance(self.error, UpstreamFailing) and not isinstance(self.error, SecretRefused)
-
 
 class Failures(Generic[K]):
     """The failed attempts of one upstream, by what was asked and in whose name. At most 10,000 of each kind: many names that

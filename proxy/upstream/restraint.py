@@ -96,9 +96,8 @@ class Restraint:
 
     async def _ask_one(self, where: Where, request: Request, identity: Identity, question: Question[T]) -> T:
         """Asks one endpoint. Docker Hub counts GETs of manifests alone: while those are too many, all else may be asked."""
-        is_counted = request.method == "GET" and request.kind == "manifest"
         anything = _Quota(where, identity, is_counted=False)
-        quota = _Quota(where, identity, is_counted=is_counted)
+        quota = _Quota(where, identity, is_counted=_is_counted(request))
         self._limits.check(anything)
         self._limits.check(quota)
         try:
@@ -116,11 +115,11 @@ class Restraint:
         self._breaker.heard()
         return answer
 
-    def state(self, path: str) -> list[tuple[Identity, Failed, float]]:
+    def state(self, request: Request) -> list[tuple[Identity, Failed, float]]:
         """Why that is not asked for now, in whose name, and for how many seconds, for people."""
-        found = [(key.identity, *state) for key, state in self._failures.all().items() if key.path == path]
-        limited = [(key.identity, *state) for key, state in self._limits.all().items()]
-        return found + limited
+        found = [(key.identity, *state) for key, state in self._failures.all().items() if key.path == request.path]
+        limits = self._limits.all().items()
+        return found + [(key.identity, *state) for key, state in limits if _is_counted(request) or not key.is_counted]
 
     @property
     def outage(self) -> UpstreamFailing | None:
@@ -140,3 +139,7 @@ class Restraint:
     async def close(self) -> None:
         """Stops probing."""
         await self._breaker.close()
+
+
+def _is_counted(request: Request) -> bool:
+    return request.method == "GET" and request.kind == "manifest"

@@ -15,7 +15,7 @@ import yaml
 
 from proxy.configfile import validate
 from tests.blackbox.oracle import manifest_path
-from tests.blackbox.private import Clock, Served, deployed
+from tests.blackbox.private import ALICE, APP, WRONG, Clock, PrivateRegistry, Served, Stock, deployed, with_access
 from tests.conftest import UPSTREAM, settings, upstream
 from tests.fakes.answers import before_headers, oci_error, status, too_many_requests, with_headers
 from tests.fakes.content import Image
@@ -99,13 +99,14 @@ async def test_what_is_held_and_what_a_pull_would_do(
             "manifest": None,
             "confirmedAgo": None,
             "missing": [],
+            "error": None,
             "images": [],
         }
         assert nothing["pull"] == f"a pull fetches it from {UPSTREAM}"
         await cache.get(manifest_path(tag))
         part = await explained(cache, f"{NAME}:{tag}")
         assert part["held"]["missing"][1:] == list(image.layer_digests)
-        assert "3 of its blobs are not held, and fetched from registry.test" in part["pull"]
+        assert part["pull"].endswith("; 3 blobs of it are not held, and are fetched from registry.test")
         await hold(cache, image, tag)
     asked = len(registry.requests)
     async with serving(tmp_path, registry, **keys) as cache:
@@ -140,6 +141,13 @@ async def test_each_platform_is_told(tmp_path: Path, registry: ScriptedRegistry)
             held = (await explained(cache, f"{NAME}:1", platform))["held"]
             assert (held["complete"], held["missing"]) == (is_held, missing), platform
         assert [image["platform"] for image in held["images"]] == ["linux/amd64", "linux/arm64"]
+        for platform, rest in (
+            ("linux/arm64", "; 1 manifest of it is not held, and is fetched from registry.test"),
+            ("linux/s390x", "; there is no manifest for linux/s390x in it; the platforms in it: linux/amd64, linux/arm64"),
+        ):
+            said = await explained(cache, f"{NAME}:1", platform)
+            assert said["pull"] == f"a pull is served from the cache, and nobody is asked{rest}"
+            assert (said["held"]["error"] or "") == ("" if platform == "linux/arm64" else rest.removeprefix("; "))
 
 
 async def test_what_is_anothers_is_not_held_here(tmp_path: Path, registry: ScriptedRegistry) -> None:
@@ -157,11 +165,11 @@ async def test_never_says_what_will_be_missing(tmp_path: Path, registry: Scripte
         await cache.get(manifest_path("1"))
     async with serving(tmp_path, registry, offline=True) as cache:
         assert (
-            "2 of its blobs are not held, and then it fails with ErrImageNeverPull"
+            "2 blobs of it are not held, and then it fails with ErrImageNeverPull"
             in (await explained(cache, f"{NAME}:1"))["pull"]
         )
         assert (
-            "refused with ErrImageNeverPull: it is not held, and offline is true"
+            "refused with ErrImageNeverPull: it is not held, and no registry is asked: offline is true"
             in (await explained(cache, f"{NAME}:2"))["pull"]
         )
 
@@ -187,6 +195,66 @@ async def test_back_off_is_told_with_its_time(clock: Clock, tmp_path: Path, regi
     async with serving(tmp_path, registry, staleIfError=False) as cache:
         await cache.get(manifest_path("latest"))
         assert "a pull fails, since nothing stale is served: " in (await explained(cache, NAME))["pull"]
+
+
+async def test_what_one_question_was_answered_is_not_told_of_others(tmp_path: Path, registry: ScriptedRegistry) -> None:
+    """While GETs of manifests are too many, HEADs are asked; while a tag fails, the blobs of what is held are fetched; a
+    refusal is not served stale. And a pull then does what was said."""
+    registry.add_image(REPO, "latest", [b"layer"])
+    tag = manifest_path("latest")
+    async with serving(tmp_path, registry) as cache:
+        assert (await cache.get(tag)).status == 200
+        registry.script("GET", manifest_path("2"), too_many_requests(600))
+        assert (await cache.get(manifest_path("2"))).status == 429
+        said = await explained(cache, NAME)
+        assert said["pull"].startswith("a pull asks registry.test by one HEAD")
+        assert (await explained(cache, f"{NAME}:3"))["pull"].startswith("a pull fails, nobody is asked: ")
+        assert (await cache.get(tag)).headers.getall("Pullcache-Decision") == ["revalidated"]
+
+        registry.script("HEAD", tag, status(500))
+        assert (await cache.get(tag)).headers.getall("Pullcache-Decision") == ["stale"]
+        said = await explained(cache, NAME)
+        assert "a pull is served what is held, with a Warning, and nobody is asked: " in said["pull"]
+        assert said["pull"].endswith("; 2 blobs of it are not held, and are fetched from registry.test")
+    async with serving(tmp_path, registry) as cache:
+        registry.script("*", lambda request: REPO in request.path, oci_error(403, "DENIED"), forever=True)
+        assert (await cache.get(tag)).status == 403
+        assert (await explained(cache, NAME))["pull"].startswith("a pull fails, nobody is asked: ")
+        asked = len(registry.requests)
+        assert (await cache.get(tag)).status == 403
+        assert len(registry.requests) == asked
+
+
+async def test_the_reserve_of_the_rate_limit_is_for_tags_past_their_age(tmp_path: Path, registry: ScriptedRegistry) -> None:
+    """A tag that is ``Always`` is asked for, however few pulls are left."""
+    for tag in ("latest", "1"):
+        registry.add_image(REPO, tag, [b"layer"])
+        registry.script("GET", manifest_path(tag), with_headers({"ratelimit-limit": "100", "ratelimit-remaining": "1"}))
+    policy = {"rules": [{"match": "*:1", "policy": "IfNotPresent", "maxAge": "0s"}]}
+    async with serving(tmp_path, registry, rateLimitReserve=5, imagePullPolicy=policy) as cache:
+        for tag, pull, decision in (
+            ("latest", "a pull asks registry.test by one HEAD", "revalidated"),
+            ("1", "a pull is served from the cache, and nobody is asked", "hit"),
+        ):
+            await cache.get(manifest_path(tag))
+            assert (await explained(cache, f"{NAME}:{tag}"))["pull"].startswith(pull)
+            assert (await cache.get(manifest_path(tag))).headers.getall("Pullcache-Decision") == [decision]
+
+
+async def test_what_one_client_is_refused_is_not_told_of_others(
+    tmp_path: Path, private: PrivateRegistry, stock: Stock
+) -> None:
+    """With ``verify`` the anonymous are refused what is private, and so is a wrong credential; others may have it."""
+    section, sections = with_access(private, "verify"), {"alwaysPullImages": True, "externalURL": "https://cache.test"}
+    async with deployed(validate(settings(tmp_path / "cache", section, **BY_KUBERNETES | sections))) as cache:
+        for credential, code in ((ALICE, 200), (WRONG, 401)):
+            assert (await cache.get(f"/v2/{APP}/manifests/1", credential.headers)).status == code
+        said = await explained(cache, f"{UPSTREAM}/{APP}:1")
+        assert said["held"]["manifest"] == stock.app.digest
+        assert [back["for"] for back in said["backoff"]] == ["anybody", "a client's own credential"]
+        assert said["pull"].startswith(f"a pull asks {UPSTREAM} by one HEAD; ")
+        said = await explained(cache, f"{UPSTREAM}/{APP}@{stock.app.digest}")
+        assert said["pull"].startswith("a pull is served from the cache, and nobody is asked but for the right to read it;")
 
 
 async def test_a_404_is_told(tmp_path: Path, registry: ScriptedRegistry) -> None:
