@@ -21,6 +21,7 @@ from proxy.values import (
     Period,
     ProxyAddress,
     Rate,
+    Reserve,
     Section,
     TokenHost,
     UpstreamName,
@@ -85,7 +86,7 @@ class UpstreamConfig(Section):
     requests_per_second: Rate | None = Field(default=None, description="others wait; None: no limit")
     request_burst: Count | None = Field(default=None, description="so many at once after a pause; None: twice the rate")
     timeouts: Timeouts = Timeouts()
-    rate_limit_reserve: int = Field(default=0, ge=0, description="pulls left, below which held tags past maxAge are served")
+    rate_limit_reserve: Reserve = Field(default=0, description="pulls left, below which held tags past maxAge are served")
 
     @model_validator(mode="before")
     @classmethod

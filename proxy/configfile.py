@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pydantic.fields import FieldInfo
 from proxy.config import Config
 from proxy.config_upstreams import PUBLIC_REGISTRIES, AccessConfig
 from proxy.names import DOCKER_HUB, DOCKER_HUB_ALIASES, canonical_host, path_form
-from proxy.values import Address, parse_address
+from proxy.values import Address, parse_address, parse_count
 
 
 class ConfigError(Exception):
@@ -138,10 +139,6 @@ def dangers(config: Config) -> list[str]:
             )
     if not config.stale_if_error and config.max_stale is not None:
         faults.append("maxStale: says nothing where staleIfError is false; keep one of them")
-    if config.offline and config.always_pull_images:
-        faults.append(
-            "offline: excludes alwaysPullImages: the one asks no registry, the other asks for every tag; keep one of them"
-        )
     if not config.admin.is_loopback and not (config.admin_listener.token_file or config.admin_listener.client_ca_file):
         faults.append(
             f"admin: {config.admin} is not on loopback; give adminListener.tokenFile or adminListener.clientCAFile, or an "
@@ -183,6 +180,10 @@ def _clashes(raw: object) -> list[str]:
                 faults.append(f"upstreams: '{form}' means both {owner[form]} and {name}; change name or pathPrefix")
             owner[form] = name
     faults += _contradictory_limits(given, listed if isinstance(listed, list) else [])
+    if _is_true(given.get("offline")) and _is_true(given.get("alwaysPullImages")):
+        faults.append(
+            "offline: excludes alwaysPullImages: the one asks no registry, the other asks for every tag; keep one of them"
+        )
     names = list(dict.fromkeys(owner.values()))
     default = given.get("defaultUpstream")
     if isinstance(default, str) and canonical_host(default) not in names:
@@ -196,8 +197,10 @@ def _clashes(raw: object) -> list[str]:
 def _contradictory_limits(given: Mapping[Any, Any], upstreams: Sequence[object]) -> list[str]:
     """The kubelet's rules (``pkg/kubelet/apis/config/validation/validation.go``): serial and exactly 1 do not clash."""
     faults = []
-    most = given.get("maxParallelImagePulls")
-    if given.get("serializeImagePulls") is True and isinstance(most, int) and most > 1:
+    most = 0
+    with suppress(ValueError):  # which is a fault of its own
+        most = parse_count(given.get("maxParallelImagePulls"))
+    if _is_true(given.get("serializeImagePulls")) and most > 1:
         faults.append(
             f"maxParallelImagePulls: {most} contradicts serializeImagePulls: true, which is one at a time; set "
             "serializeImagePulls to false, or leave one of them out"
@@ -210,6 +213,11 @@ def _contradictory_limits(given: Mapping[Any, Any], upstreams: Sequence[object])
                 "set requestsPerSecond too, or leave out both"
             )
     return faults
+
+
+def _is_true(value: object) -> bool:
+    """Whether a key is true; a variable of the environment is a text."""
+    return str(value).lower() in ("true", "t", "yes", "y", "on", "1")
 
 
 def _address(given: Mapping[Any, Any], key: str) -> Address | None:
@@ -235,7 +243,9 @@ def _explain(item: Any) -> str:
     where = ""
     for part in item["loc"]:
         where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
-    message = _PLAIN.get(item["type"]) or item["msg"].removeprefix("Value error, ")
+    message = _PLAIN.get(item["type"]) or item["msg"].removeprefix("Value error, ").replace(
+        "Input should be", "it has to be", 1
+    )
     if item["type"] == "model_type" and not where:
         message = "the file must be keys and values; write for example 'listen: 127.0.0.1:5000'"
     elif item["type"] == "model_type" and item["loc"][:-1] == ("upstreams",):

@@ -173,15 +173,30 @@ def _external_url(value: str) -> str:
     return value
 
 
-def parse_count(value: object) -> object:
-    """How many of something; at least one."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
+def parse_count(value: object) -> int:
+    """How many of something; at least one. A text, too: that is what a variable of the environment is."""
+    if (count := _whole(value)) is not None and count >= 1:
+        return count
     raise ValueError("not a whole number of at least 1; write for example 4, or leave the key out")
+
+
+def parse_reserve(value: object) -> int:
+    """How many of something are kept; perhaps none."""
+    if (count := _whole(value)) is not None:
+        return count
+    raise ValueError("not a whole number of at least 0; write for example 20, or leave the key out")
+
+
+def _whole(value: object) -> int | None:
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,15}", value):
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def parse_rate(value: object) -> object:
     """How many in a second."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", value):
+        value = float(value)
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
         return value
     raise ValueError(
@@ -198,6 +213,7 @@ class Section(BaseModel):
 
 
 Count = Annotated[int, BeforeValidator(parse_count)]
+Reserve = Annotated[int, BeforeValidator(parse_reserve)]
 Rate = Annotated[float, BeforeValidator(parse_rate)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, le=3600)]
 Period = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, le=30 * 24 * 3600)]

@@ -122,7 +122,7 @@ def test_every_fault_is_named_at_once() -> None:
     text = str(caught.value)
     for part in (
         "imagePullPolicy.rules[0].policy: ",
-        "'Always', 'IfNotPresent' or 'Never'",
+        "it has to be 'Always', 'IfNotPresent' or 'Never'",
         "imagePullPolicy.rules[1].match: is needed",
         "imagePullPolicy.rules[2]: maxAge belongs to policy: IfNotPresent",
         "imagePullPolicy.rules[3].maxAge: not a duration",

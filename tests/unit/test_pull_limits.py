@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from proxy.answers import Target
-from proxy.configfile import ConfigError, validate
+from proxy.configfile import ConfigError, load, validate
 from proxy.credentials.credential import ANONYMOUS, Asker
 from proxy.image_pull_policy import PullDecision
 from proxy.images import Images
@@ -59,12 +59,18 @@ def test_the_defaults() -> None:
         ({"maxParallelImagePulls": 1.5}, "maxParallelImagePulls: not a whole number of at least 1"),
         ({"maxParallelImagePulls": True}, "maxParallelImagePulls: not a whole number of at least 1"),
         ({"serializeImagePulls": True, "maxParallelImagePulls": 2}, "contradicts serializeImagePulls: true"),
+        ({"serializeImagePulls": "true", "maxParallelImagePulls": "2"}, "contradicts serializeImagePulls: true"),
+        ({"maxParallelImagePulls": "0"}, "maxParallelImagePulls: not a whole number of at least 1"),
+        ({"maxParallelImagePulls": "1.5"}, "maxParallelImagePulls: not a whole number of at least 1"),
         ({"serializeImagePulls": "perhaps"}, "serializeImagePulls: true or false is needed"),
         ({"queueTimeout": "4m1s"}, "queueTimeout: at most 4m: containerd gives up"),
         ({"queueTimeout": "0s"}, "queueTimeout: more than 0 is needed"),
         ({"queueTimeout": 60}, "queueTimeout: not a duration"),
         (upstream(maxConcurrentFetches=0), "upstreams[0].maxConcurrentFetches: not a whole number of at least 1"),
         (upstream(requestsPerSecond=-1), "upstreams[0].requestsPerSecond: not a number of more than 0"),
+        (upstream(requestsPerSecond="nan"), "upstreams[0].requestsPerSecond: not a number of more than 0"),
+        (upstream(rateLimitReserve=-1), "upstreams[0].rateLimitReserve: not a whole number of at least 0"),
+        (upstream(rateLimitReserve="some"), "upstreams[0].rateLimitReserve: not a whole number of at least 0"),
         (upstream(requestsPerSecond=0), "leave the key out: then there is no limit"),
         (upstream(requestsPerSecond=float("nan")), "upstreams[0].requestsPerSecond: not a number of more than 0"),
         (upstream(requestsPerSecond=float("inf")), "upstreams[0].requestsPerSecond: not a number of more than 0"),
@@ -80,6 +86,20 @@ def test_what_is_refused(keys: dict[str, Any], fault: str) -> None:
     assert fault in caught.value.faults[0]
 
 
+async def test_numbers_may_be_variables_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("IMAGES", "3"), ("RATE", "0.5"), ("RESERVE", "20")):
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "maxParallelImagePulls: ${IMAGES}\nupstreams: [{name: quay.io, requestsPerSecond: '${RATE}',"
+        " requestBurst: '${IMAGES}', maxConcurrentFetches: '${IMAGES}', rateLimitReserve: '${RESERVE}'}]"
+    )
+    config = await load(file)
+    (registry,) = config.upstreams
+    assert (config.image_limit, registry.requests_per_second, registry.request_burst) == (3, 0.5, 3)
+    assert (registry.max_concurrent_fetches, registry.rate_limit_reserve) == (3, 20)
+
+
 def test_every_fault_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         validate(
@@ -87,6 +107,8 @@ def test_every_fault_is_named_at_once() -> None:
                 "serializeImagePulls": True,
                 "maxParallelImagePulls": 3,
                 "queueTimeout": "5m",
+                "offline": True,
+                "alwaysPullImages": True,
                 "upstreams": [
                     {"name": "quay.io", "requestBurst": 5},
                     {"name": "ghcr.io", "requestsPerSecond": 0, "maxConcurrentFetches": "many"},
@@ -97,6 +119,7 @@ def test_every_fault_is_named_at_once() -> None:
     assert keys == {
         "maxParallelImagePulls",
         "queueTimeout",
+        "offline",
         "upstreams[0].requestBurst",
         "upstreams[1].requestsPerSecond",
         "upstreams[1].maxConcurrentFetches",
