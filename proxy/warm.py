@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 from proxy.config import BackoffConfig, PullPolicy
 from proxy.config_upstreams import UpstreamConfig
 from proxy.credentials.credential import Asker, Credential, Found, Identity
-from proxy.errors import NameUnknown, RegistryError, UpstreamBroken, UpstreamFailing, UpstreamUnavailable
+from proxy.errors import RegistryError, UpstreamBroken, UpstreamFailing, UpstreamUnavailable
 from proxy.kubernetes import PodPull
 from proxy.manifests import INDEXES, MODERN, Descriptor, Manifest, ManifestInvalid, parse_manifest
 from proxy.metrics import Metrics
@@ -49,23 +49,26 @@ class Server:
     ca_file: Path | None = None
     prefixes: Mapping[str, str] = field(default_factory=dict)
 
-    def section(self, registry: str) -> dict[str, object]:
-        """It, as the one endpoint of a registry."""
-        return {
-            "name": registry,
+    @property
+    def config(self) -> UpstreamConfig:
+        """It, as a registry that is asked; raises ``ValueError`` where that is none."""
+        section = {
+            "name": "cache.invalid",
             "endpoints": [self.url],
             "allowAddresses": ["0.0.0.0/0", "::/0"],  # wherever it is: the user has named it
             "timeouts": _TIMEOUTS,
             **({"caFile": self.ca_file} if self.ca_file else {}),
         }
+        return UpstreamConfig.model_validate(section).model_copy(update={"name": "the cache"})  # as messages call it
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What the cache has of an image for a platform."""
+    """What the cache has of an image for a platform; ``why``: if it can have nothing of it."""
 
     complete: bool
     missing: int = 0
+    why: str = ""
 
 
 AskHeld = Callable[[str, Platform], Awaitable[Held | None]]
@@ -122,8 +125,7 @@ class Warmer:
         self._bar = bar
         self._check = check
         self._patience = patience
-        self._metrics = Metrics()
-        self._upstreams: dict[str, Upstream] = {}
+        self._cache = Upstream(server.config, Metrics(), "pullcache-warm", _no_secrets, _ASK_AGAIN)
         self._images: dict[Wanted, asyncio.Task[Result]] = {}
         self._blobs: dict[tuple[str, Digest, Credential | None], asyncio.Task[None]] = {}
         self.results: dict[Wanted, Result] = {}
@@ -139,18 +141,17 @@ class Warmer:
                         await self._image(Wanted(image.name, image.policy, image.credentials, platform))
 
         async with AsyncExitStack() as stack:
-            stack.push_async_callback(self._close)
+            stack.push_async_callback(self._cache.close)
+            stack.push_async_callback(self._stop)
             async with asyncio.TaskGroup() as group:
                 for pod in pods:
                     group.create_task(one(pod))
 
-    async def _close(self) -> None:
+    async def _stop(self) -> None:
         running = [task for task in (*self._images.values(), *self._blobs.values()) if not task.done()]
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        for upstream in self._upstreams.values():
-            await upstream.close()
 
     async def _image(self, wanted: Wanted) -> None:
         if wanted not in self._images:
@@ -176,8 +177,10 @@ class Warmer:
             if held is not None and held.complete:
                 return True, "already held"
         if wanted.policy == "Never" or self._check:
-            parts = f" ({held.missing} of its parts)" if held and held.missing else ""
-            missing = "what is held is not known" if held is None else f"missing{parts}"
+            missing = "what is held is not known"
+            if held is not None:
+                parts = f" ({held.missing} of its parts)" if held.missing else ""
+                missing = f"missing: {held.why}" if held.why else f"missing{parts}"
             return False, missing if self._check else f"ErrImageNeverPull: {missing}"
         failures: dict[str, None] = {}
         for credential in wanted.credentials or (None,):
@@ -193,9 +196,8 @@ class Warmer:
         return error.message
 
     async def _pull(self, wanted: Wanted, credential: Credential | None, image: _Pull) -> str:
-        upstream = self._upstream(wanted.name.host)
         prefix = self._server.prefixes.get(wanted.name.host, path_form(wanted.name.host))
-        there = _There(upstream, Repository(f"{prefix}/{wanted.name.repository}"), Asker(Identity("client", credential)))
+        there = _There(self._cache, Repository(f"{prefix}/{wanted.name.repository}"), Asker(Identity("client", credential)))
         is_always = wanted.policy == "Always"
         manifest, body = await self._manifest(there, wanted.name.reference, image, fresh=is_always)
         if is_always:
@@ -216,15 +218,6 @@ class Warmer:
             if isinstance(outcome, BaseException):
                 raise outcome
         return "pulled"
-
-    def _upstream(self, host: str) -> Upstream:
-        if host not in self._upstreams:
-            try:
-                config = UpstreamConfig.model_validate(self._server.section(host))
-            except ValueError:
-                raise NameUnknown(f"{host} is no registry that a cache could have") from None
-            self._upstreams[host] = Upstream(config, self._metrics, "pullcache-warm", _no_secrets, _ASK_AGAIN)
-        return self._upstreams[host]
 
     async def _tree(
         self, there: _There, manifest: Manifest, body: bytes, platform: Platform, image: _Pull, depth: int = 0
@@ -253,7 +246,7 @@ class Warmer:
 
         manifest, body = await self._patiently(
             partial(
-                there.upstream.get_manifest,
+                there.cache.get_manifest,
                 there.repository,
                 reference,
                 ", ".join(MODERN),
@@ -281,7 +274,7 @@ class Warmer:
         failure: RegistryError = UpstreamUnavailable(f"the blob {digest} broke off")
         for attempt in range(_OPENS):
             stream = await self._patiently(
-                partial(there.upstream.open_blob, there.repository, digest, received, attempt, there.asker)
+                partial(there.cache.open_blob, there.repository, digest, received, attempt, there.asker)
             )
             try:
                 if stream.offset != received:
@@ -319,7 +312,7 @@ class Warmer:
 class _There:
     """Whom and where, and in whose name."""
 
-    upstream: Upstream
+    cache: Upstream
     repository: Repository
     asker: Asker
 

@@ -14,7 +14,6 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from proxy.cli.explain import Admin, Unasked, ask, reachable
 from proxy.config import Config
-from proxy.config_upstreams import UpstreamConfig
 from proxy.errors import RegistryError
 from proxy.image_pull_policy import derived_policy
 from proxy.kubernetes import Plan, PodImage, PodPull, plan
@@ -43,7 +42,7 @@ class Where:
         """Its registry API; raises ``ValueError`` where that is none."""
         prefixes = {upstream.name: upstream.prefix for upstream in self.config.upstreams} if self.config else {}
         server = Server(self.server or (_url_of(self.config) if self.config else _SERVER), self.ca_file, prefixes)
-        context_of(UpstreamConfig.model_validate(server.section("cache.invalid")))
+        context_of(server.config)
         return server
 
     def admin_of(self) -> Admin | None:
@@ -75,12 +74,9 @@ def run(refs: Sequence[str], names: Sequence[str], platforms: Sequence[str], che
     if faults or server is None:
         return 2
     pods += planned.pods
-    warmer: list[Warmer] = []
-    try:
-        asyncio.run(_warm(server, where, check, pods, wanted, warmer))
-    except KeyboardInterrupt:
-        click.echo("stopped", err=True)
-    results = warmer[0].results if warmer else {}
+    if check and where.admin_of() is None:
+        click.echo("warning: what is held is not known: give --admin, or --config instead of --server", err=True)
+    results = asyncio.run(_warm(server, where, check, pods, wanted))
     rows = list(_rows(pods, wanted, results, planned))
     for line in _table(rows):
         click.echo(line)
@@ -90,10 +86,15 @@ def run(refs: Sequence[str], names: Sequence[str], platforms: Sequence[str], che
 
 
 async def _warm(
-    server: Server, where: Where, check: bool, pods: Sequence[PodPull], wanted: Sequence[Platform], made: list[Warmer]
-) -> None:
-    made.append(Warmer(server, _Holdings(where).ask, _no_bar if check else _bar, check=check))
-    await made[0].run(pods, wanted)
+    server: Server, where: Where, check: bool, pods: Sequence[PodPull], wanted: Sequence[Platform]
+) -> dict[Wanted, Result]:
+    """What became of the images; of those that were done, where it is interrupted."""
+    warmer = Warmer(server, _Holdings(where).ask, _no_bar if check else _bar, check=check)
+    try:
+        await warmer.run(pods, wanted)
+    except asyncio.CancelledError:  # Ctrl-C
+        click.echo("stopped", err=True)
+    return warmer.results
 
 
 class _Holdings:
@@ -115,11 +116,13 @@ class _Holdings:
                 tqdm.write(f"warning: what is held is not known: {error}", file=sys.stderr)
             self._admin = None
             return None
+        if isinstance(why := found.get("error"), str):
+            return Held(False, why=why)
         held = found.get("held")
         if not isinstance(held, dict) or not isinstance(held.get("complete"), bool):
             return None
-        missing = held.get("missing")
-        return Held(held["complete"], len(missing) if isinstance(missing, list) else 0)
+        missing, why = held.get("missing"), held.get("error")
+        return Held(held["complete"], len(missing) if isinstance(missing, list) else 0, why if isinstance(why, str) else "")
 
 
 def _refs(refs: Sequence[str], faults: list[str]) -> list[PodPull]:
@@ -216,7 +219,7 @@ def _bar(wanted: Wanted) -> Bar:
     """On a terminal a bar, elsewhere a line."""
     if sys.stderr.isatty():
         return _Shown(wanted)
-    click.echo(f"looking after {wanted.name} ({wanted.platform})", err=True)
+    click.echo(f"warming {wanted.name} ({wanted.platform})", err=True)
     return _Hidden()
 
 

@@ -25,7 +25,7 @@ from aiohttp import web
 
 from proxy import app
 from proxy.configfile import validate
-from tests.blackbox.private import ALICE, ANNE, APP, BOB, LIB, Account, PrivateRegistry, fill, until, with_access
+from tests.blackbox.private import ALICE, ANNE, APP, BOB, LIB, Account, PrivateRegistry, deployed, fill, until, with_access
 from tests.conftest import UPSTREAM, RunningCache, StartCache, settings, upstream
 from tests.fakes.answers import compose, gate, status
 from tests.fakes.answers import cut as cut_off
@@ -407,6 +407,34 @@ async def test_where_nobody_says_what_is_held_that_is_said_once_and_all_is_pulle
     assert outcome.said.count("what is held is not known") >= 1
 
 
+async def test_a_report_says_why_there_is_nothing(registry: ScriptedRegistry, tmp_path: Path) -> None:
+    """No such upstream, no such platform; and nothing is known where nobody says what is held."""
+    registry.add_index("team/app", "1", [registry.add_image("team/app", None, [b"layer"], architecture="amd64")])
+    async with deployed(validate(settings(tmp_path / "cache", upstream(registry)))) as cache:
+        assert (await cache.get("/v2/team/app/manifests/1")).status == 200
+        ref, other = f"{UPSTREAM}/team/app:1", "elsewhere.test/app:1"
+        arguments = ("--server", f"http://127.0.0.1:{cache.port}", "--check", "--platform", "linux/s390x", ref, other)
+        told = await ended(await start(*arguments, "--admin", f"127.0.0.1:{cache.admin_port}"))
+        assert told.code == 1
+        assert told.row(ref).endswith(
+            "missing: there is no manifest for linux/s390x in it; the platforms in it: linux/amd64"
+        )
+        assert told.row(other).endswith(f"missing: elsewhere.test is not among the upstreams of this cache ({UPSTREAM})")
+        told = await ended(await start(*arguments))
+        assert (told.code, told.row(ref).endswith("what is held is not known")) == (1, True)
+        assert told.said.count("warning: what is held is not known: give --admin, or --config instead of --server\n") == 1
+
+
+async def test_what_the_cache_says_is_told_as_its_word() -> None:
+    """And not as that of the registry behind it, which was perhaps never asked."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{closed.getsockname()[1]}"
+        ref = f"{UPSTREAM}/team/app:1"
+        told = await ended(await start("--server", f"http://{host}", ref))
+    assert told.row(ref).endswith(f"ErrImagePull: the cache ({host}) cannot be reached: connection refused")
+
+
 async def test_a_configuration_says_where_the_cache_is_and_by_which_paths(
     registry: ScriptedRegistry, start_cache: StartCache, tmp_path: Path
 ) -> None:
@@ -493,4 +521,4 @@ async def test_on_a_terminal_there_is_a_bar_for_an_image(registry: ScriptedRegis
             table, _ = await process.communicate()
     assert process.returncode == 0
     assert b"pulled" in table
-    assert f"looking after {ref}" in (await warm(cache, ref)).said
+    assert f"warming {ref} (linux/" in (await warm(cache, ref)).said
