@@ -55,10 +55,10 @@ class Where:
 def run(refs: Sequence[str], names: Sequence[str], platforms: Sequence[str], check: bool, where: Where) -> int:
     """The exit code: 0 where all is held, 1 where not, 2 where what was given cannot be used."""
     faults: list[str] = []
-    pods, wanted, planned, server = _refs(refs, faults), _platforms(platforms, faults), Plan(()), None
+    pods, wanted, planned, server, skipped = _refs(refs, faults), _platforms(platforms, faults), Plan(()), None, 0
     try:
         objects, notes = read_files(names, sys.stdin.buffer)
-        planned = plan(objects)
+        planned, skipped = plan(objects), objects.skipped
         for line in (*notes, *planned.warnings):
             click.echo(f"warning: {line}", err=True)
     except FilesUnusable as error:
@@ -81,7 +81,8 @@ def run(refs: Sequence[str], names: Sequence[str], platforms: Sequence[str], che
     for line in _table(rows):
         click.echo(line)
     missing = sum(not is_held for is_held, _ in rows)
-    click.echo(f"{len(rows) - missing} held, {missing} not" if rows else "no images: nothing to do", err=True)
+    nothing = f"no images: nothing to do ({skipped} objects have no pods)"
+    click.echo(f"{len(rows) - missing} held, {missing} not" if rows else nothing, err=True)
     return 1 if missing else 0
 
 
