@@ -33,7 +33,8 @@ class Links:
     def upstream_of(self, target: Target, what: Reference, unknown: type[RegistryError] = ManifestUnknown) -> Upstream:
         """Whom to ask; raises ``unknown`` where nobody may be asked."""
         if not target.pull_policy.asks:
-            raise unknown(never_pulled(f"{what} of {target.upstream}/{target.repository}", target.pull_policy))
+            name = f"{target.upstream}/{target.repository}{'@' if isinstance(what, Digest) else ':'}{what}"
+            raise unknown(never_pulled(name, target.pull_policy))
         return self._upstreams[target.upstream]
 
     def is_linked(self, target: Target, digest: Digest) -> bool:

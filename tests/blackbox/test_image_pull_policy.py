@@ -23,7 +23,7 @@ from tests.blackbox.private import (
     started,
     with_access,
 )
-from tests.conftest import RunningCache, StartCache, upstream
+from tests.conftest import UPSTREAM, RunningCache, StartCache, upstream
 from tests.fakes.answers import Step, before_headers, oci_error, status, too_many_requests
 from tests.fakes.client import WireResponse
 from tests.fakes.content import Image
@@ -111,17 +111,17 @@ async def test_what_is_not_held_is_never_asked_for(
 ) -> None:
     """The text says why, as the kubelet does: ``ErrImageNeverPull``."""
     cache = await start_cache(upstream(registry), **keys)
-    for path, code in [
-        (manifest_path("1"), "MANIFEST_UNKNOWN"),
-        (manifest_path(image.digest), "MANIFEST_UNKNOWN"),
-        (blob_path(image.layer_digests[0]), "BLOB_UNKNOWN"),
+    for path, code, what in [
+        (manifest_path("1"), "MANIFEST_UNKNOWN", ":1"),
+        (manifest_path(image.digest), "MANIFEST_UNKNOWN", f"@{image.digest}"),
+        (blob_path(image.layer_digests[0]), "BLOB_UNKNOWN", f"@{image.layer_digests[0]}"),
     ]:
         answer = await ask(cache, method, path)
         assert answer.status == 404
         if method == "GET":
             _, told, message = error_of(answer)
             assert told == code
-            assert "ErrImageNeverPull" in message
+            assert message.startswith(f"ErrImageNeverPull: {UPSTREAM}/{REPO}{what} is not held for this client")
             assert ("offline is true" if "offline" in keys else "imagePullPolicy.rules[0] ('*')") in message
     assert registry.requests == []
 

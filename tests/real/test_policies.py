@@ -165,10 +165,10 @@ def test_never_and_absent(registry: DockerRegistry, room: Path, why: str) -> Non
         assert "ErrImageNeverPull" in line
         assert why in line
 
-        with pytest.raises(ServiceError, match=f"ErrImageNeverPull: .*: {re.escape(why)}"):
+        with pytest.raises(ServiceError, match=f"ErrImageNeverPull: {re.escape(name)} is not held .*: {re.escape(why)}"):
             skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{pullcache.host}/{name}")
         now = pull_would(pullcache, name)
-        assert now == f"a pull is refused with ErrImageNeverPull: it is not held, and {why}"
+        assert now == f"a pull is refused with ErrImageNeverPull: it is not held, and no registry is asked: {why}"
         assert asked_upstream(pullcache) == 0
         assert registry.requests() == []
 
