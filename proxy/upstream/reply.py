@@ -288,7 +288,7 @@ def _no_tls(where: Where, cause: BaseException | None) -> str:
     if "HANDSHAKE_FAILURE" in reason:
         return f"{text}; {_TLS}; perhaps it wants a certificate: see clientCertFile"
     if "WRONG_VERSION_NUMBER" in reason:
-        return f"{text}: it does not speak TLS there; if it is on http, write http:// in endpoints"
+        return f"{text}: it does not speak TLS there; if it is on http, write http:// in its address"
     return f"{text}; {_TLS}"
 
 

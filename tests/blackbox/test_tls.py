@@ -122,7 +122,7 @@ async def test_f37_what_does_not_speak_tls_is_not_spoken_to_in_plain(
         refused = await cache.get(TAG)
         assert refused.status == 503
         assert "TLS" in message(refused)
-        hint = "it does not speak TLS there; if it is on http, write http:// in endpoints"
+        hint = "it does not speak TLS there; if it is on http, write http:// in its address"
         assert (hint in message(refused)) is not is_tls, message(refused)
         assert heard
         assert all(data.startswith(b"\x16\x03") for data in heard), "each is a hello, none is a request"
