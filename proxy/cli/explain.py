@@ -60,7 +60,7 @@ def run(image: str, admin: Admin, platform: str, *, as_json: bool) -> int:
         if not error.is_nobody or admin.address is not None:
             click.echo(f"cannot explain: {error}", err=True)
             return 1
-        click.echo(f"{error}: told from the configuration and the cache directory alone", err=True)
+        click.echo(f"nobody listens on {admin.url}: told from the configuration and the cache directory alone", err=True)
         try:
             found = asyncio.run(_alone(admin.config, image, platform))
         except _refusals() as refusal:
@@ -114,7 +114,8 @@ def ask(
     except (URLError, OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         is_nobody = isinstance(reason, ConnectionRefusedError)
-        raise Unasked(f"{admin} cannot be asked: {reason}; {_hint(url, reason)}", is_nobody=is_nobody) from error
+        said = getattr(reason, "strerror", None) or reason
+        raise Unasked(f"{admin} cannot be asked: {said}; {_hint(url, reason)}", is_nobody=is_nobody) from error
     if not isinstance(found, dict):
         raise Unasked(f"{admin} does not answer as a pullcache; {_hint(url, None)}")
     return found

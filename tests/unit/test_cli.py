@@ -101,7 +101,7 @@ def test_what_is_hardly_meant_is_warned_of(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--admin", "127.0.0.1:1"], "is pullcache running"),
+        (["--admin", "127.0.0.1:1"], "127.0.0.1:1 cannot be asked: Connection refused; is pullcache running"),
         (["--token-file", "/nowhere/token"], "/nowhere/token: cannot be used"),
         (["--ca-file", "/nowhere/ca"], "/nowhere/ca: cannot be used"),
     ],
