@@ -53,7 +53,7 @@ class Where:
 
 
 def run(refs: Sequence[str], names: Sequence[str], platforms: Sequence[str], check: bool, where: Where) -> int:
-    """The exit code: 0 where all is held, 1 where not, 2 where what was given cannot be used."""
+    """The exit code: 0 where all is held, 1 where not, 2 where what was given cannot be used or names no image."""
     faults: list[str] = []
     pods, wanted, planned, server, skipped = _refs(refs, faults), _platforms(platforms, faults), Plan(()), None, 0
     try:
@@ -81,9 +81,9 @@ def run(refs: Sequence[str], names: Sequence[str], platforms: Sequence[str], che
     for line in _table(rows):
         click.echo(line)
     missing = sum(not is_held for is_held, _ in rows)
-    nothing = f"no images: nothing to do ({skipped} objects have no pods)"
+    nothing = f"no image is named there ({skipped} objects have no pods)"
     click.echo(f"{len(rows) - missing} held, {missing} not" if rows else nothing, err=True)
-    return 1 if missing else 0
+    return 2 if not rows else 1 if missing else 0
 
 
 async def _warm(

@@ -473,11 +473,12 @@ async def test_input_that_cannot_be_used_is_named_all_at_once_and_nothing_is_ask
     assert not registry.requests
 
 
-async def test_where_nothing_names_an_image_that_is_said() -> None:
+async def test_where_nothing_names_an_image_that_is_an_error() -> None:
+    """What comes before it in the pipe may have failed."""
     manifests = dump({"kind": "ConfigMap"}, {"kind": "Rollout", "spec": {"template": {"spec": {}}}})
     outcome = await warm("http://127.0.0.1:1", "-f", "-", stdin=manifests)
-    assert (outcome.code, outcome.table) == (0, "")
-    assert outcome.said == "no images: nothing to do (2 objects have no pods)\n"
+    assert (outcome.code, outcome.table) == (2, "")
+    assert outcome.said == "no image is named there (2 objects have no pods)\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--check"], ["--server", "http://a", "--config", "b", "c"]])
