@@ -185,15 +185,18 @@ class Admission:
         self._advance()
         return Ticket(transfer, self, image)
 
-    def end(self, transfer: Transfer) -> None:
-        """A transfer that was started has ended."""
+    def end(self, transfer: Transfer, *, has_failed: bool = False) -> None:
+        """A transfer that was started has ended. What has failed is no reason to wait for more of its image."""
         if transfer.state != "running":
             return
         transfer.state = "ended"
         transfer.line.running -= 1
-        for image in transfer.images.values():
+        for image in list(transfer.images.values()):
             image.running.pop(transfer, None)
             self._look_at(image)
+            if has_failed and image.linger is not None:
+                self._stop_linger(image)
+                self._give_back(image)
         self._advance()
 
     def leave(self, transfer: Transfer, image: Hashable) -> None:

@@ -66,8 +66,8 @@ class Explain:
         found = await self._pull_secrets.lookup(name)
         held = holding(self._store, upstream.key, image.repository, image.reference, wanted)
         back = [
-            {"for": _NAMES[identity.proof], "error": failed.error.message, "nextAttemptIn": round(left, 1)}
-            for identity, failed, left in upstream.held_back(image.repository, image.reference)
+            {"for": _NAMES[proof], "error": failed.error.message, "nextAttemptIn": round(left, 1)}
+            for proof, failed, left in upstream.held_back(image.repository, image.reference)
         ]
         return {
             "image": str(image),
@@ -130,9 +130,9 @@ def _hindrance(image: ImageName, upstream: Upstream, *, is_public: bool, by_head
     """Why the registry is not asked for that now, whoever wants it, and until when; and whether it has refused it."""
     if upstream.outage:
         return f"{upstream.outage}; it is probed every 5 s", False
-    for identity, failed, left in upstream.held_back(image.repository, image.reference, by_head=by_head):
+    for proof, failed, left in upstream.held_back(image.repository, image.reference, by_head=by_head):
         is_refused = isinstance(failed.error, Denied)
-        is_anothers = identity.proof == "client" or (is_refused and identity.proof == "anonymous" and not is_public)
+        is_anothers = proof == "client" or (is_refused and proof == "anonymous" and not is_public)
         if not is_anothers:
             return f"{failed.error.message}; the next attempt is in {left:.3g} s", is_refused
     return "", False
@@ -151,7 +151,7 @@ def _rest(held: Holding, upstream: Upstream, image: ImageName, *, asks: bool) ->
     if not asks:
         return f"; {parts} of it {are} not held, and then it fails with ErrImageNeverPull"
     limits = upstream.held_back(image.repository, image.reference, by_head=not manifests)
-    limited = any(isinstance(each.error, TooManyRequests) and who.proof != "client" for who, each, _ in limits)
+    limited = any(isinstance(each.error, TooManyRequests) and proof != "client" for proof, each, _ in limits)
     if upstream.outage or limited:
         return f"; {parts} of it {are} not held, and cannot be had now"
     return f"; {parts} of it {are} not held, and {are} fetched from {upstream.name}"

@@ -100,6 +100,13 @@ class Fill:
         self._floor_end = 0.0
         self._floor_bytes = 0
 
+    def can_serve(self, origin: Origin, start: int, *, own: bool) -> bool:
+        """Whether a client of ``origin`` that wants it from ``start`` on may follow. Nobody stands in the line of another
+        upstream than his own. ``own``: nobody follows another origin, either."""
+        if self.origin.name != origin.name and self.transfer is not None and self.transfer.state == "waiting":
+            return False
+        return (self.origin == origin or not own) and self.spool.serves(start)
+
     async def download(self, threads: Threads, metrics: Metrics) -> None:
         """Receives the content until it is complete and verified; raises ``RegistryError`` or ``Abandoned``."""
         spool, loop = self.spool, asyncio.get_running_loop()
@@ -245,7 +252,7 @@ class Fetcher:
         if start > 0 and not again and (reason := self._failed.get((digest, origin))) is not None:
             raise UpstreamBroken(f"the download failed a moment ago: {reason}")
         fill = self._fills.get(digest)
-        if fill is not None and (fill.origin == origin or not own) and fill.spool.serves(start):
+        if fill is not None and fill.can_serve(origin, start, own=own):
             self._metrics.followers.inc()
             reader = fill.spool.attach(start, origin, self._join_line(fill, image))
             reader.follows = True
@@ -307,7 +314,7 @@ class Fetcher:
         finally:
             self._ended(fill)
             if fill.transfer is not None:
-                self._admission.end(fill.transfer)
+                self._admission.end(fill.transfer, has_failed=result == "failed")
             self._metrics.fills.labels(result).inc()
             if result in ("passed", "abandoned"):
                 self._metrics.unsaved.inc()

@@ -17,11 +17,12 @@ from proxy.rules import compile_glob
 @dataclass(frozen=True, slots=True)
 class PullDecision:
     """The policy of one reference. ``max_age``: seconds after which a held tag is asked for again; ``why``: what decided,
-    for people."""
+    for people; ``is_wish``: a client has decided, for itself alone."""
 
     policy: PullPolicy
     why: str
     max_age: float | None = None
+    is_wish: bool = False
 
     @property
     def asks(self) -> bool:
@@ -80,7 +81,9 @@ def anew(decision: PullDecision, cache_control: Sequence[str]) -> PullDecision:
     """What becomes of it where a client wants what is held to be confirmed (``no-cache``, RFC 9111 section 5.2.1.4), as
     ``pullcache warm`` does for a pod that is ``Always``. What is never asked for is not asked for then, either."""
     wants = any(part.strip().lower() == "no-cache" for line in cache_control for part in line.split(","))
-    return PullDecision("Always", "the client sent Cache-Control: no-cache") if wants and decision.asks else decision
+    if not wants or not decision.asks or decision.policy == "Always":
+        return decision
+    return PullDecision("Always", "the client sent Cache-Control: no-cache", is_wish=True)
 
 
 def never_pulled(what: str, decision: PullDecision) -> str:

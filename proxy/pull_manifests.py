@@ -170,9 +170,9 @@ class Manifests:
             except ManifestUnknown as error:
                 if self._is_in_grace(key):
                     raise ManifestGone(error.message) from error
-                await self._threads.run(self._store.forget_tag, *key)
+                if not target.pull_policy.is_wish:  # others, who need not ask, are served it on
+                    await self._threads.run(self._store.forget_tag, *key)
                 raise
-            self._gone.pop(key, None)
             if head.digest is None or head.size is None or not head.is_told:
                 held = await self._fetch(target, tag, accept)
                 return _Pointed(held.digest, len(held.body), held.media_type)
@@ -215,8 +215,9 @@ class Manifests:
         return await self._gets.run(key, fetch)
 
     async def _set_tag(self, target: Target, tag: Tag, accept: Accept, digest: Digest) -> None:
-        now = time.time()
-        await self._threads.run(self._store.set_tag, target.key, target.repository, tag, accept.key, digest, now)
+        key, now = (target.key, target.repository, tag, accept.key), time.time()
+        self._gone.pop(key, None)
+        await self._threads.run(self._store.set_tag, *key, digest, now)
 
     def _is_in_grace(self, key: _TagKey) -> bool:
         """Whether a held tag that the upstream says is gone is served on: ``deletedGrace``, from the first 404."""

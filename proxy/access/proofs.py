@@ -214,8 +214,8 @@ class Access:
         try:
             await self._once.run((key, question.probe.what), lambda: self._ask(question, patience, was_given=was_given))
         except UpstreamFailing as failure:
-            # An odd answer is one to this question, which the client has chosen: it tells nothing of another one's.
-            is_all = isinstance(failure, UpstreamUnavailable | TooManyRequests)
+            # An odd answer, or none, is one to this question, which the client has chosen: it tells nothing of another's.
+            is_all = isinstance(failure, TooManyRequests) or (isinstance(failure, UpstreamUnavailable) and upstream.is_out)
             self._failing[key, "" if is_all else question.probe.what] = True
             if not was_given:
                 raise

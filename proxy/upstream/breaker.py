@@ -11,6 +11,7 @@ import asyncio
 import copy
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from proxy.errors import (
     RegistryError,
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _EVERY = 5.0
 _IN_A_ROW = 3
+_DOUBT = 1.0  # seconds: one reference that fails at once is no outage, and the first probe tells it soon
 
 
 class Breaker:
@@ -58,6 +60,9 @@ class Breaker:
         self._is_outage = False
         self._may_try = False
         self._next = 0.0
+        self._doubted_until = 0.0
+        self._verdict = asyncio.Event()
+        self._verdict.set()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -65,16 +70,32 @@ class Breaker:
         """What it failed with, while it is not asked."""
         return self._failure
 
-    def check(self) -> None:
-        """Raises what the upstream failed with, while it is not asked. Where it answers the probe, though with an error, one
-        question of a client's goes with each probe: that need not be all that it can say."""
-        if self._failure is None:
-            return
-        if self._may_try:
+    @property
+    def is_certain(self) -> bool:
+        """Whether who gets no answer would get none to any question: a probe had none either, or nobody probes."""
+        return self._is_outage or not self._is_on
+
+    async def check(self) -> None:
+        """Raises what the upstream failed with, while it is not asked. Where it failed within a second, the first probe's
+        word is waited for, for a second at most; where it was silent for longer, nobody waits again."""
+        if self._failure is not None and not self._verdict.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(self._doubted_until):
+                    await self._verdict.wait()
+        if self._failure is not None and not self._may_try:
+            raise self._again(self._failure)
+
+    def enter(self) -> None:
+        """A question is about to be asked. Where the upstream answers the probe, though with an error, one question of a
+        client's goes with each probe: that need not be all that it can say. Raises as ``check`` does."""
+        if self._failure is not None:
+            if not self._may_try:
+                raise self._again(self._failure)
             self._may_try = False
-        else:
-            now = asyncio.get_running_loop().time()
-            raise again(self._failure, self._next - now, now - self._since)
+
+    def _again(self, failure: UpstreamFailing) -> UpstreamFailing:
+        now = asyncio.get_running_loop().time()
+        return again(failure, self._next - now, now - self._since)
 
     def heard(self) -> None:
         """It has answered."""
@@ -95,6 +116,10 @@ class Breaker:
         if isinstance(failure, UpstreamUnavailable) or self._in_a_row >= _IN_A_ROW:
             log.warning("%s is not asked until it answers a probe: %s", self._name, failure.message)
             self._failure = copy.copy(failure)
+            now = asyncio.get_running_loop().time()
+            self._doubted_until = now + _DOUBT
+            if now - began < _DOUBT:
+                self._verdict.clear()
             self._metric.set(1)
             self._task = asyncio.create_task(self._look_after(), name=f"probe {self._name}")
 
@@ -113,8 +138,10 @@ class Breaker:
             except (RegistryError, TimeoutError, OSError) as error:
                 self._is_outage = True
                 self._may_try = isinstance(error, UpstreamBroken)
+                self._verdict.set()
                 await asyncio.sleep(self._next - loop.time())
             else:
+                self._heard = loop.time()
                 self._close()
                 return
 
@@ -124,4 +151,5 @@ class Breaker:
             self._recovered(self._since)
         self._task, self._failure, self._in_a_row = None, None, 0
         self._is_outage = self._may_try = False
+        self._verdict.set()
         self._metric.set(0)

@@ -12,7 +12,7 @@ from yarl import URL
 
 from proxy.config import BackoffConfig
 from proxy.config_upstreams import UpstreamConfig
-from proxy.credentials.credential import ANONYMOUS, Asker, Credential, Identity
+from proxy.credentials.credential import ANONYMOUS, Asker, Credential, Identity, Proof
 from proxy.errors import BlobUnknown, ManifestUnknown, NameUnknown, RegistryError, UpstreamBroken
 from proxy.listings import MAX_PAGE, ListQuery
 from proxy.manifests import MAX_BYTES, OCI_INDEX
@@ -25,7 +25,7 @@ from proxy.upstream.failures import Failed
 from proxy.upstream.quota import RateLimit
 from proxy.upstream.rate import Rate
 from proxy.upstream.reply import Reply, Request, Where
-from proxy.upstream.restraint import Restraint
+from proxy.upstream.restraint import Restraint, Who
 
 _LISTS = f"{OCI_INDEX}, application/json"
 
@@ -78,9 +78,14 @@ class Upstream:
         """Why it is not asked at all now; empty while it is."""
         return self._restraint.outage.message if self._restraint.outage else ""
 
+    @property
+    def is_out(self) -> bool:
+        """Whether who gets no answer would get none to any other question, as far as is known."""
+        return self._restraint.is_out
+
     def held_back(
         self, repository: Repository, reference: Reference, *, by_head: bool = False
-    ) -> list[tuple[Identity, Failed, float]]:
+    ) -> list[tuple[Proof, Failed, float]]:
         """Why that is not asked for now, in whose name, and for how many seconds."""
         path = _manifest_path(repository, reference)
         return self._restraint.state(Request("HEAD" if by_head else "GET", "manifest", path, repository))
@@ -136,7 +141,7 @@ class Upstream:
                 verify(reply.digest)
                 return ManifestHead(reply.digest, reply.length, reply.media_type)
 
-        return await self._ask(request, asker, ask, self.config.timeouts.head)
+        return await self._ask(request, shown, ask, self.config.timeouts.head)
 
     async def get_manifest(
         self,
@@ -165,7 +170,7 @@ class Upstream:
                     raise UpstreamBroken(f"{where} sent a part of a manifest of which the whole was asked")
                 return await verify(ManifestBody(await reply.body(MAX_BYTES), reply.content_type))
 
-        return await self._ask(request, asker, ask, self._patience, authority_only=authority_only)
+        return await self._ask(request, shown, ask, self._patience, authority_only=authority_only)
 
     async def head_blob(
         self, repository: Repository, digest: Digest, asker: Asker, verify: Callable[[int | None], None] = lambda _: None
@@ -195,7 +200,8 @@ class Upstream:
             verify(told)
             return told
 
-        return await self._ask(request, asker, ask, self._patience)
+        limit = self.config.timeouts.head if asker.wants_a_right else self._patience
+        return await self._ask(request, shown, ask, limit)
 
     async def open_blob(self, repository: Repository, digest: Digest, offset: int, attempt: int, asker: Asker) -> BlobStream:
         """A blob from ``offset`` on, at the endpoint whose turn the ``attempt`` is; raises ``RegistryError``."""
@@ -219,7 +225,7 @@ class Upstream:
                     reply.close()
                     raise
 
-        return await self._ask(request, asker, ask, self._patience, attempt=attempt, goes_on=offset > 0)
+        return await self._ask(request, shown, ask, self._patience, attempt=attempt, goes_on=offset > 0)
 
     async def list_tags(self, repository: Repository, query: ListQuery, asker: Asker, verify: Verify[Page, T]) -> T:
         """What ``verify`` makes of a page of tags; raises ``RegistryError``."""
@@ -260,12 +266,12 @@ class Upstream:
                 body = await reply.body(MAX_PAGE)
                 return await verify(Page(body, reply.content_type, tuple(reply.headers.getall("Link", []))))
 
-        return await self._ask(request, asker, ask, self._patience, authority_only=True)
+        return await self._ask(request, shown, ask, self._patience, authority_only=True)
 
     async def _ask(
         self,
         request: Request,
-        asker: Asker,
+        shown: Shown,
         question: Callable[[Where], Awaitable[T]],
         limit: float,
         *,
@@ -274,13 +280,17 @@ class Upstream:
         goes_on: bool = False,
     ) -> T:
         """Asks the endpoints, if the upstream may be asked now. ``goes_on``: what was begun is gone on with."""
+        asker = shown.asker
         only = authority_only or asker.asks_registry_only
+        who = Who(asker.identity.proof, shown.number)
 
         async def ask(restrained: Callable[[Where], Awaitable[T]]) -> T:
             await self._rate.turn()
             return await self._endpoints.ask(restrained, limit, attempt=attempt, authority_only=only)
 
-        return await self._restraint.ask(request, asker.identity, question, ask, goes_on=goes_on)
+        return await self._restraint.ask(
+            request, who, question, ask, via=asker.via, authority_only=only and self.endpoints > 1, goes_on=goes_on
+        )
 
     async def _probe(self) -> None:
         """Whether any endpoint answers; raises ``RegistryError`` or ``TimeoutError``."""

@@ -55,6 +55,12 @@ class Shown:
     failure: str = ""
     """Why there may be more, which cannot be had just now."""
 
+    @property
+    def number(self) -> int:
+        """The same for the same identity that shows the same, in whatever order; it tells nothing of it."""
+        credentials = frozenset((endpoint, frozenset(tried)) for endpoint, tried in self.credentials.items())
+        return hash((self.asker.identity, credentials))
+
 
 class Exchange:
     """Asks the endpoints of one upstream. What proves who asks is kept by endpoint: they share no token."""

@@ -53,18 +53,20 @@ class Failures(Generic[K]):
         self._failures: LRUCache[K, Failed] = LRUCache(_MOST)
         self._noes: LRUCache[K, Failed] = LRUCache(_MOST)
         self._trying: set[K] = set()
+        self._ended = -math.inf
 
     @contextmanager
     def attempt(self, key: K) -> Iterator[None]:
         """Asks, or raises what was answered last, where that was a short while ago or somebody is finding it out."""
         self.check(key)
+        began = self._timer()
         is_trial = self._known(key) is not None
         if is_trial:
             self._trying.add(key)
         try:
             yield
         except RegistryError as error:
-            self.remember(key, error)
+            self.remember(key, error, began=began)
             raise
         else:
             self.forget(key)
@@ -78,22 +80,29 @@ class Failures(Generic[K]):
         if failed is not None and (failed.window.left(now) > 0 or key in self._trying):
             raise again(failed.error, failed.window.left(now), now - failed.window.began)
 
-    def remember(self, key: K, error: RegistryError, retry_after: float | None = None) -> None:
-        """An attempt has failed. ``retry_after``: the seconds that the registry asks to wait, 0 where it does not say;
-        without it a 429 is not remembered: that is about who asks, not about what."""
+    def remember(self, key: K, error: RegistryError, retry_after: float | None = None, began: float | None = None) -> None:
+        """An attempt that ``began`` then has failed. ``retry_after``: the seconds that the registry asks to wait, 0 where it
+        does not say; without it a 429 is not remembered: that is about who asks, not about what. Attempts that were under
+        way together are one failure, and one from before an outage was over is none."""
         if error.is_remembered:
             return
         now, config = self._timer(), self._config
+        began = now if began is None else began
         fresh = copy.copy(error)  # without its traceback, whose frames hold what was shown
         match error:
             case ManifestUnknown() | BlobUnknown() | NameUnknown():
+                self._failures.pop(key, None)
                 self._noes[key] = Failed(fresh, Window(now, config.not_found))
             case Denied() | SecretRefused():
+                self._failures.pop(key, None)
                 self._noes[key] = Failed(fresh, Window(now, config.refused))
             case TooManyRequests() if retry_after is None:
                 pass
-            case UpstreamFailing() if config.initial > 0:
+            case UpstreamFailing() if config.initial > 0 and began >= self._ended:
                 last = self._failures.get(key)
+                if last is not None and began <= last.window.began:
+                    return
+                self._noes.pop(key, None)
                 window = next_window(last.window if last else None, now, config.initial, config.max)
                 self._failures[key] = Failed(fresh, Window(now, retry_after) if retry_after else window)
 
@@ -102,8 +111,14 @@ class Failures(Generic[K]):
         self._failures.pop(key, None)
         self._noes.pop(key, None)
 
+    def forget_before(self, key: K, began: float) -> None:
+        """What was asked for then was given: what failed before is forgotten, what has failed since holds."""
+        if (failed := self._known(key)) is not None and failed.window.began < began:
+            self.forget(key)
+
     def end(self, since: float = -math.inf) -> None:
         """What has failed since then may be asked for again: the registry is back. What it has refused it has answered."""
+        self._ended = self._timer()
         for key in [key for key, failed in self._failures.items() if failed.window.began >= since]:
             del self._failures[key]
 

@@ -25,12 +25,12 @@ class RateLimit:
     """When it was said, in seconds of the clock that ``is_low`` is asked by."""
 
     def is_low(self, reserve: int, now: float) -> bool:
-        """Whether fewer than ``reserve`` pulls are left, as far as is known: what was said a window ago is over."""
-        is_known = self.remaining is not None and now - self.told < (self.window or _HOUR)
+        """Whether fewer than ``reserve`` pulls are left, as far as is known: what was said a window or a day ago is over."""
+        is_known = self.remaining is not None and now - self.told < min(self.window or _HOUR, _DAY)
         return is_known and self.remaining is not None and self.remaining < reserve
 
 
-_HOUR = 3600
+_HOUR, _DAY = 3600, 86_400
 
 
 def parse_rate_limit(headers: Mapping[str, str], now: float) -> RateLimit | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from proxy.config import BackoffConfig
-from proxy.credentials.credential import Identity
+from proxy.credentials.credential import Proof
 from proxy.errors import RegistryError, SecretRefused, TooManyRequests, UpstreamFailing, UpstreamRefused
 from proxy.metrics import Metrics
 from proxy.upstream.breaker import Breaker
@@ -32,20 +32,40 @@ Question = Callable[[Where], Awaitable[T]]
 
 
 @dataclass(frozen=True, slots=True)
+class Who:
+    """In whose name a registry is asked. ``number`` is the same for the same identity as long as it shows the same, and
+    tells nothing of it: what is remembered keeps no credential, and holds for no other one."""
+
+    proof: Proof
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Asked:
-    """What was asked, in whose name."""
+    """What was asked, and all that the answer may depend on: what a client takes, what it says that it came through, in
+    whose name it is, and whether mirrors were asked. By HEAD or GET is the same."""
 
     path: str
-    identity: Identity
+    accept: str
+    via: str
+    who: Who
+    authority_only: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Quota:
-    """What a registry limits the rate of. ``is_counted``: only pulls of manifests; else whatever it is asked."""
+    """What a registry limits the rate of: one kind of questions, or with an empty ``kind`` whatever it is asked."""
 
     where: Where
-    identity: Identity
-    is_counted: bool
+    who: Who
+    kind: str
+
+
+def _kind_of(request: Request) -> str:
+    """Docker Hub counts GETs of manifests alone, and others their lists: while those are too many, all else may be asked."""
+    if request.kind == "list":
+        return "lists"
+    return "pulls" if request.method == "GET" and request.kind == "manifest" else ""
 
 
 class Restraint:
@@ -72,21 +92,25 @@ class Restraint:
     async def ask(
         self,
         request: Request,
-        identity: Identity,
+        who: Who,
         question: Question[T],
         ask: Callable[[Question[T]], Awaitable[T]],
         *,
-        goes_on: bool,
+        via: str = "",
+        authority_only: bool = False,
+        goes_on: bool = False,
     ) -> T:
         """What ``ask`` gets from the endpoints that may be asked; raises ``RegistryError``, perhaps that of before."""
 
         async def restrained(where: Where) -> T:
-            return await self._ask_one(where, request, identity, question)
+            return await self._ask_one(where, request, who, question, is_limited=not goes_on)
 
         if goes_on:
             return await ask(restrained)
-        self._breaker.check()
-        with self._failures.attempt(_Asked(request.path, identity)) if request.kind != "blob" else nullcontext():
+        await self._breaker.check()
+        asked = _Asked(request.path, request.headers.get("Accept", ""), via, who, authority_only)
+        with self._failures.attempt(asked) if request.kind != "blob" else nullcontext():
+            self._breaker.enter()
             began = self._timer()
             try:
                 return await ask(restrained)
@@ -94,37 +118,42 @@ class Restraint:
                 self._breaker.failed(failure, began)
                 raise
 
-    async def _ask_one(self, where: Where, request: Request, identity: Identity, question: Question[T]) -> T:
-        """Asks one endpoint. Docker Hub counts GETs of manifests alone: while those are too many, all else may be asked."""
-        anything = _Quota(where, identity, is_counted=False)
-        quota = _Quota(where, identity, is_counted=_is_counted(request))
-        self._limits.check(anything)
-        self._limits.check(quota)
+    async def _ask_one(self, where: Where, request: Request, who: Who, question: Question[T], *, is_limited: bool) -> T:
+        """Asks one endpoint. What ``is_limited`` waits for the end of a limit."""
+        quota, began = _Quota(where, who, _kind_of(request)), self._timer()
+        if is_limited:
+            self._limits.check(_Quota(where, who, ""))
+            self._limits.check(quota)
         try:
             answer = await question(where)
         except TooManyRequests as error:
             told = parse_retry_after(error.headers.get("Retry-After", ""), time.time())
-            self._limits.remember(quota, error, min(told, _LONGEST))
+            self._limits.remember(quota, error, min(told, _LONGEST), began)
             self._breaker.heard()
             raise
         except RegistryError as error:
             if not isinstance(error, UpstreamFailing) or isinstance(error, UpstreamRefused | SecretRefused):
                 self._breaker.heard()
             raise
-        self._limits.forget(quota)
+        self._limits.forget_before(quota, began)
         self._breaker.heard()
         return answer
 
-    def state(self, request: Request) -> list[tuple[Identity, Failed, float]]:
+    def state(self, request: Request) -> list[tuple[Proof, Failed, float]]:
         """Why that is not asked for now, in whose name, and for how many seconds, for people."""
-        found = [(key.identity, *state) for key, state in self._failures.all().items() if key.path == request.path]
-        limits = self._limits.all().items()
-        return found + [(key.identity, *state) for key, state in limits if _is_counted(request) or not key.is_counted]
+        found = [(key.who.proof, *state) for key, state in self._failures.all().items() if key.path == request.path]
+        kinds = ("", _kind_of(request))
+        return found + [(key.who.proof, *state) for key, state in self._limits.all().items() if key.kind in kinds]
 
     @property
     def outage(self) -> UpstreamFailing | None:
         """What the upstream failed with, while it is not asked at all."""
         return self._breaker.failure
+
+    @property
+    def is_out(self) -> bool:
+        """Whether who gets no answer would get none to any other question, as far as is known."""
+        return self._breaker.is_certain
 
     def clear(self) -> None:
         """Everything may be asked for again."""
@@ -139,7 +168,3 @@ class Restraint:
     async def close(self) -> None:
         """Stops probing."""
         await self._breaker.close()
-
-
-def _is_counted(request: Request) -> bool:
-    return request.method == "GET" and request.kind == "manifest"

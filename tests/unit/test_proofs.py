@@ -72,6 +72,7 @@ class Registry:
         self.name = name
         self.key = self.config.key
         self.has_secret = False
+        self.is_out = True
         self.failure: RegistryError | None = None
         """What everybody is answered."""
         self.said: dict[Proof, RegistryError | None] = {"anonymous": Denied("private"), "secret": None}
@@ -530,6 +531,20 @@ async def test_a_yes_costs_no_question_each_time_while_the_registry_fails(make: 
     for _ in range(10):
         assert await each.identity(who()) == CLIENT
     assert len(each.registry.asked) <= 2, "one of each identity, within the seconds that a failure is remembered"
+
+
+async def test_what_is_no_outage_stretches_a_yes_for_that_question_alone(make: Make, clock: Clock) -> None:
+    """A client can choose a reference at which the line breaks: what else it asks for is asked about."""
+    each = make("verify")
+    await each.identity(who())
+    each.registry.is_out = False
+    each.registry.failure = UpstreamUnavailable("dropped")
+    clock.now += 301
+    bad = Probe("bad", each.registry.probe)
+    assert await each.access.identity(each.registry.upstream, APP, who(), bad) == CLIENT
+    each.registry.failure = None
+    each.registry.right.clear()
+    await each.refused(Unauthorized, who())
 
 
 async def test_the_anonymous_get_what_was_public_while_the_registry_fails(make: Make, store: Store) -> None:
