@@ -137,8 +137,6 @@ def dangers(config: Config) -> list[str]:
                 "and it is open; give listener.htpasswdFile or clientCAFile, list access.repositories, or say "
                 "access.iUnderstandThisIsShared: true"
             )
-    if not config.stale_if_error and config.max_stale is not None:
-        faults.append("maxStale: says nothing where staleIfError is false; keep one of them")
     if not config.admin.is_loopback and not (config.admin_listener.token_file or config.admin_listener.client_ca_file):
         faults.append(
             f"admin: {config.admin} is not on loopback; give adminListener.tokenFile or adminListener.clientCAFile, or an "
@@ -184,6 +182,8 @@ def _clashes(raw: object) -> list[str]:
         faults.append(
             "offline: excludes alwaysPullImages: the one asks no registry, the other asks for every tag; keep one of them"
         )
+    if _is_false(given.get("staleIfError")) and given.get("maxStale") is not None:
+        faults.append("maxStale: says nothing where staleIfError is false; keep one of them")
     names = list(dict.fromkeys(owner.values()))
     default = given.get("defaultUpstream")
     if isinstance(default, str) and canonical_host(default) not in names:
@@ -218,6 +218,10 @@ def _contradictory_limits(given: Mapping[Any, Any], upstreams: Sequence[object])
 def _is_true(value: object) -> bool:
     """Whether a key is true; a variable of the environment is a text."""
     return str(value).lower() in ("true", "t", "yes", "y", "on", "1")
+
+
+def _is_false(value: object) -> bool:
+    return str(value).lower() in ("false", "f", "no", "n", "off", "0")
 
 
 def _address(given: Mapping[Any, Any], key: str) -> Address | None:

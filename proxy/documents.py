@@ -12,6 +12,8 @@ from typing import NoReturn
 
 import yaml
 
+from proxy.unique import KeyTwice, unique
+
 MAX_BYTES = 32 * 1024 * 1024
 _MAX_DEPTH = 100
 _MAX_VALUES = 2_000_000  # with each alias counted as what it stands for
@@ -50,30 +52,19 @@ def parse_documents(text: bytes, source: str) -> list[Document]:
 def _json(text: str, source: str) -> list[object] | None:
     """None where it is not JSON: in YAML too a document may begin with a brace."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text, object_pairs_hook=unique)
         if "\\ud" in text.lower():  # half of a surrogate pair could not be printed
             json.dumps(value, ensure_ascii=False).encode()
         return [value]
     except UnicodeEncodeError:
         fault = "a text in it is not Unicode"
-    except _Double:
+    except KeyTwice:
         fault = _TWICE
     except RecursionError:
         fault = _DEEP
     except ValueError:
         return None
     _refuse(source, fault)
-
-
-class _Double(Exception):
-    pass
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise _Double
-    return result
 
 
 def _yaml(text: str, source: str) -> list[object]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from proxy.errors import DigestInvalid
 from proxy.names import Digest, parse_digest
+from proxy.unique import KeyTwice, unique
 
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -78,19 +79,14 @@ def _parse_json(body: bytes) -> dict[str, Any]:
     if sum(body.count(mark) for mark in (b",", b"[", b"{")) > _MAX_ELEMENTS:
         raise ManifestInvalid("it has too many elements")
     try:
-        document = json.loads(body.decode("utf-8"), object_pairs_hook=_unique)
+        document = json.loads(body.decode("utf-8"), object_pairs_hook=unique)
+    except KeyTwice:
+        raise ManifestInvalid("a key stands in it twice") from None
     except (ValueError, RecursionError) as error:
         raise ManifestInvalid(f"it is not JSON: {type(error).__name__}") from error
     if not isinstance(document, dict):
         raise ManifestInvalid("it is not a JSON object")
     return document
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ManifestInvalid("a key stands in it twice")
-    return result
 
 
 def _media_type(document: dict[str, Any], content_type: str, is_index: bool) -> str:

@@ -78,6 +78,10 @@ class RunningCache:
 StartCache = Callable[..., Awaitable[RunningCache]]
 
 
+BACKOFF: dict[str, Any] = {"backoff": {}}
+"""The section as it is by default, for those whose subject it is."""
+
+
 def settings(directory: Path, *upstreams: dict[str, Any], **sections: Any) -> dict[str, Any]:
     """A configuration as YAML would give it."""
     return {

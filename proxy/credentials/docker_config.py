@@ -17,6 +17,7 @@ from typing import NoReturn
 import yaml
 
 from proxy.credentials.credential import Credential
+from proxy.unique import KeyTwice, unique
 
 _MAX = 2 * 1024 * 1024  # bytes; Kubernetes allows a Secret 1 MiB, and base64 makes a third more of it
 _REMEDY = "write it again with 'kubectl create secret docker-registry' or 'docker login'"
@@ -215,11 +216,11 @@ def _is_json(text: bytes) -> bool:
 def _json_object(text: bytes, where: str) -> dict[str, object]:
     _check_size(text, where)
     try:
-        value = json.loads(text.decode(), object_pairs_hook=_without_doubles, parse_constant=_no_number)
+        value = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=_no_number)
         json.dumps(value, ensure_ascii=False).encode()  # fails at half a surrogate pair, which no header can carry
     except json.JSONDecodeError as error:
         fault = f"line {error.lineno} column {error.colno}: not JSON"
-    except _Double:
+    except KeyTwice:
         fault = "an object has a key twice"
     except UnicodeError:
         fault = "not UTF-8"
@@ -237,17 +238,6 @@ def _check_size(text: bytes, where: str) -> None:
         _refuse(f"{where}: empty")
     if len(text) > _MAX:
         _refuse(f"{where}: larger than {_MAX // 1024 // 1024} MiB")
-
-
-class _Double(ValueError):
-    pass
-
-
-def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise _Double
-    return result
 
 
 def _no_number(_: str) -> NoReturn:

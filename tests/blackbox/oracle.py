@@ -14,6 +14,7 @@ from tests.fakes.client import Stream, Wire, WireResponse, read_head
 from tests.fakes.content import Image
 
 SMALL = 4_000
+REPO = "team/app"
 LARGE = 3 * 1024 * 1024 + 17
 """Beyond what is verified before the status line."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.blackbox.oracle import blob_path, error_of, manifest_path
+from tests.blackbox.oracle import REPO, blob_path, error_of, manifest_path
 from tests.blackbox.private import (
     ALICE,
     APP,
@@ -25,22 +25,13 @@ from tests.blackbox.private import (
     pull,
     with_access,
 )
-from tests.conftest import RunningCache, StartCache, upstream
+from tests.conftest import BACKOFF, RunningCache, StartCache, upstream
 from tests.fakes.answers import Step, before_headers, gate, oci_error, status, too_many_requests
 from tests.fakes.content import Image
 from tests.fakes.recorder import listen
 from tests.fakes.registry import ScriptedRegistry
 
-REPO = "team/app"
-BACKOFF: dict[str, Any] = {"backoff": {}}
-"""As it is by default."""
 WINDOWS = (10, 20, 40, 80, 160, 300, 300)
-
-
-@pytest.fixture
-def image(registry: ScriptedRegistry) -> Image:
-    """What the registry has."""
-    return registry.add_image(REPO, "1", [b"layer one"])
 
 
 def asked(registry: ScriptedRegistry, path: str = manifest_path("1")) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from proxy.credentials.credential import Credential
-from tests.blackbox.oracle import LARGE, blob_of, blob_path, manifest_path
+from tests.blackbox.oracle import LARGE, REPO, blob_of, blob_path, manifest_path
 from tests.blackbox.private import (
     ALICE,
     APP,
@@ -27,7 +27,7 @@ from tests.blackbox.private import (
     until,
     with_access,
 )
-from tests.conftest import UPSTREAM, StartCache, upstream
+from tests.conftest import BACKOFF, UPSTREAM, StartCache, upstream
 from tests.fakes.answers import (
     Step,
     before_headers,
@@ -44,16 +44,7 @@ from tests.fakes.content import Image
 from tests.fakes.messages import Answer, Request
 from tests.fakes.registry import ScriptedRegistry
 
-REPO = "team/app"
-BACKOFF: dict[str, Any] = {"backoff": {}}
-"""As it is by default."""
 DOCKER = "application/vnd.docker.distribution.manifest.v2+json"
-
-
-@pytest.fixture
-def image(registry: ScriptedRegistry) -> Image:
-    """What the registry has."""
-    return registry.add_image(REPO, "1", [b"layer one"])
 
 
 def gets(registry: ScriptedRegistry, tag: str = "1") -> int:

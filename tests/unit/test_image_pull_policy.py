@@ -135,3 +135,11 @@ def test_every_fault_is_named_at_once() -> None:
 def test_offline_and_always_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match=r"offline: excludes alwaysPullImages"):
         validate({"offline": True, "alwaysPullImages": True})
+
+
+@pytest.mark.parametrize("said", [False, "false"])
+def test_an_age_of_what_is_never_served_stale_is_refused_with_every_other_fault(said: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate({"staleIfError": said, "maxStale": "1h", "offline": "perhaps"})
+    assert [fault.partition(":")[0] for fault in caught.value.faults] == ["maxStale", "offline"]
+    validate({"staleIfError": True, "maxStale": "1h"})

@@ -40,7 +40,7 @@ ROWS = (
     {"config", "manifests", "watch"},
     {"config_upstreams"},
     {"values"},
-    {"names", "ranges", "once", "threads", "certificates", "files"},
+    {"names", "ranges", "once", "threads", "certificates", "files", "unique"},
     {"errors", "logs", "metrics"},
     {"__init__"},
 )
@@ -62,6 +62,7 @@ FOREIGN = {
 PURE = (
     "names",
     "ranges",
+    "unique",
     "manifests",
     "platforms",
     "listings",
