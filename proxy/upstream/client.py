@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -54,6 +54,8 @@ class Upstream:
         self._restraint = Restraint(config.name, self._probe, self._exchange.forget_failures, backoff, metrics)
         self._rate = Rate(config.name, config.requests_per_second, config.request_burst)
         self._patience = config.timeouts.connect + config.timeouts.headers
+        self._given: tuple[Where, str] | None = None
+        self._wanted = (self._listed[-1], "")
 
     @property
     def endpoints(self) -> int:
@@ -283,23 +285,46 @@ class Upstream:
         asker = shown.asker
         only = authority_only or asker.asks_registry_only
         who = Who(asker.identity.proof, shown.number)
+        self._wanted = (self._listed[-1], request.path)
+
+        async def given(where: Where) -> T:
+            answer = await question(where)
+            self._given = (where, request.path)
+            return answer
 
         async def ask(restrained: Callable[[Where], Awaitable[T]]) -> T:
             await self._rate.turn()
             return await self._endpoints.ask(restrained, limit, attempt=attempt, authority_only=only)
 
         return await self._restraint.ask(
-            request, who, question, ask, via=asker.via, authority_only=only and self.endpoints > 1, goes_on=goes_on
+            request, who, given, ask, via=asker.via, authority_only=only and self.endpoints > 1, goes_on=goes_on
         )
 
     async def _probe(self) -> None:
-        """Whether any endpoint answers; raises ``RegistryError`` or ``TimeoutError``."""
-        for where in self._listed[:-1]:
-            with suppress(RegistryError, TimeoutError, OSError):
-                async with asyncio.timeout(self.config.timeouts.endpoint):
-                    return await self._exchange.probe(where)
-        async with asyncio.timeout(self.config.timeouts.endpoint):
-            await self._exchange.probe(self._listed[-1])
+        """Whether any endpoint answers; raises ``RegistryError`` or ``TimeoutError``.
+
+        That ``/v2/`` is silent does not say that nothing can be had: what was given last, and what somebody wants now, are
+        asked for, too.
+        """
+        asks = dict.fromkeys(((where, "") for where in self._listed), None)
+        asks |= dict.fromkeys([self._given, self._wanted] if self._given else [self._wanted])
+        probes = [asyncio.create_task(self._exchange.probe(where, path)) for where, path in asks]
+        failures: list[RegistryError | OSError] = []
+        try:
+            async with asyncio.timeout(self.config.timeouts.endpoint):
+                for probe in asyncio.as_completed(probes):
+                    try:
+                        return await probe
+                    except (RegistryError, OSError) as error:
+                        failures.append(error)
+        except TimeoutError:
+            if not failures:
+                raise
+        finally:
+            for task in probes:
+                task.cancel()
+            await asyncio.gather(*probes, return_exceptions=True)
+        raise next((failure for failure in failures if isinstance(failure, UpstreamBroken)), failures[0])
 
     @asynccontextmanager
     async def _reply(self, where: Where, request: Request, shown: Shown) -> AsyncIterator[Reply]:

@@ -97,10 +97,11 @@ class Exchange:
         self.said.pop(credential, None)
         self.rate_limits.pop(credential, None)
 
-    async def probe(self, where: Where) -> None:
-        """Whether an endpoint and its token server answer; raises ``RegistryError`` where one does not, or only to say that
-        it fails."""
-        reply = await self.transport.hop("GET", at(where, "/v2/"), {"Via": f"1.1 {self._instance}"}, where)
+    async def probe(self, where: Where, path: str = "") -> None:
+        """Whether an endpoint and its token server answer, at ``/v2/`` or for ``path``, which is asked for as by nobody;
+        raises ``RegistryError`` where one does not, or only to say that it fails."""
+        headers = {"Via": f"1.1 {self._instance}"}
+        reply = await self.transport.hop("HEAD" if path else "GET", at(where, path or "/v2/"), headers, where)
         reply.close()
         if reply.status >= 500 or reply.status == 429:
             raise UpstreamBroken(f"{where} answered {reply.status}")
@@ -108,7 +109,8 @@ class Exchange:
             with suppress(RealmRefused, Denied, TooManyRequests):  # what it says of the anonymous is an answer
                 realm = check_realm(challenge.realm, where.endpoint, self._config.token_hosts_of(str(where.endpoint)))
                 query = {"service": challenge.service} if challenge.service else {}
-                await self._fetch_token(where, realm.extend_query(query), None)
+                scope = [("scope", each) for each in challenge.scope if path]
+                await self._fetch_token(where, realm.extend_query([*query.items(), *scope]), None)
 
     def forget_failures(self) -> None:
         """The upstream is back: so its token servers are."""
