@@ -120,10 +120,10 @@ async def test_a_registry_that_is_silent_at_its_root_is_not_shut_out_by_one_refe
 ) -> None:
     """A firewall lets the paths of images through and nothing else: the probe asks for what was given before, and for what
     is wanted now."""
-    fault = {"silence": gate(asyncio.Event()), "drop": before_headers("rst"), "error": status(500)}[how]
+    faults: dict[str, Step] = {"silence": gate(asyncio.Event()), "drop": before_headers("rst"), "error": status(500)}
     cache = await start_cache(upstream(registry, timeouts={"connect": "1s", "headers": "2s", "head": "2s"}), **BACKOFF)
     registry.script("*", "/v2/", gate(asyncio.Event()), forever=True)
-    registry.script("*", lambda request: "bad" in request.target, fault, forever=True)
+    registry.script("*", lambda request: "bad" in request.target, faults[how], forever=True)
     if was_used:
         assert (await cache.get(manifest_path("1"))).status == 200
     for number in range(4):
