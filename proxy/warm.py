@@ -30,7 +30,10 @@ from proxy.upstream.content import ManifestBody
 
 PODS_AT_ONCE = 4
 _LAYERS_AT_ONCE = 3  # as containerd fetches an image
-_PATIENCE = 300.0  # seconds in which a request is repeated that the cache wants later
+_PATIENCE = 45.0  # seconds in which a manifest is asked for again that the cache wants later: its registry is away
+_PATIENCE_IN_LINE = 300.0  # a blob, which perhaps has to wait for others
+_SAVING = 5.0
+_LOOK_AGAIN = 0.1
 _SILENCE = 120.0
 _OPENS = 5
 _NESTING = 4
@@ -109,22 +112,22 @@ class Result:
 
 
 class Warmer:
-    """One run. ``results`` grows as images are done. ``check``: nothing is pulled."""
+    """One run. ``results`` grows as images are done. ``check``: nothing is pulled. ``tell``: that something takes longer."""
 
     def __init__(
         self,
         server: Server,
         ask_held: AskHeld,
         bar: Callable[[Wanted], Bar],
+        tell: Callable[[str], None],
         *,
         check: bool = False,
-        patience: float = _PATIENCE,
     ) -> None:
         self._server = server
         self._ask_held = ask_held
         self._bar = bar
+        self._tell = tell
         self._check = check
-        self._patience = patience
         self._cache = Upstream(server.config, Metrics(), "pullcache-warm", _no_secrets, _ASK_AGAIN)
         self._images: dict[Wanted, asyncio.Task[Result]] = {}
         self._blobs: dict[tuple[str, Digest, Credential | None], asyncio.Task[None]] = {}
@@ -185,7 +188,7 @@ class Warmer:
         failures: dict[str, None] = {}
         for credential in wanted.credentials or (None,):
             try:
-                return True, await self._pull(wanted, credential, image)
+                return await self._pull(wanted, credential, image)
             except RegistryError as error:
                 failures[self._told(error)] = None
         raise UpstreamBroken("; ".join(failures))
@@ -195,16 +198,16 @@ class Warmer:
             return f"the cache gives its tokens elsewhere than at {self._server.url}; let --server be what externalURL says"
         return error.message
 
-    async def _pull(self, wanted: Wanted, credential: Credential | None, image: _Pull) -> str:
+    async def _pull(self, wanted: Wanted, credential: Credential | None, image: _Pull) -> tuple[bool, str]:
         prefix = self._server.prefixes.get(wanted.name.host, path_form(wanted.name.host))
         there = _There(self._cache, Repository(f"{prefix}/{wanted.name.repository}"), Asker(Identity("client", credential)))
         is_always = wanted.policy == "Always"
         manifest, body = await self._manifest(there, wanted.name.reference, image, fresh=is_always)
+        pointed = f"{wanted.name.host}/{wanted.name.repository}@{digest_of(body)}"
         if is_always:
-            pointed = f"{wanted.name.host}/{wanted.name.repository}@{digest_of(body)}"
             held = await self._ask_held(pointed, wanted.platform)
             if held is not None and held.complete:
-                return "already held"
+                return True, "already held"
         blobs = await self._tree(there, manifest, body, wanted.platform, image)
         image.bar.expect(sum(blob.size for blob in blobs))
         places = asyncio.Semaphore(_LAYERS_AT_ONCE)
@@ -217,7 +220,19 @@ class Warmer:
         for outcome in await asyncio.gather(*map(one, blobs), return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome
-        return "pulled"
+        return await self._is_held(pointed, wanted.platform)
+
+    async def _is_held(self, image: str, platform: Platform) -> tuple[bool, str]:
+        """Whether what has come is held: a client has the last byte a moment before it is saved, if the disk takes it."""
+        deadline = time.monotonic() + _SAVING
+        while True:
+            held = await self._ask_held(image, platform)
+            if held is None or held.complete:
+                return True, "pulled"
+            if time.monotonic() > deadline:
+                lacking = held.why or f"{held.missing} of its parts are missing"
+                return False, f"pulled, but not held: {lacking}; the log of the cache says why"
+            await asyncio.sleep(_LOOK_AGAIN)
 
     async def _tree(
         self, there: _There, manifest: Manifest, body: bytes, platform: Platform, image: _Pull, depth: int = 0
@@ -253,7 +268,9 @@ class Warmer:
                 there.asker,
                 verify,
                 no_cache=fresh,
-            )
+            ),
+            image,
+            _PATIENCE,
         )
         image.took(len(body), expected=False)
         return manifest, body
@@ -274,7 +291,9 @@ class Warmer:
         failure: RegistryError = UpstreamUnavailable(f"the blob {digest} broke off")
         for attempt in range(_OPENS):
             stream = await self._patiently(
-                partial(there.cache.open_blob, there.repository, digest, received, attempt, there.asker)
+                partial(there.cache.open_blob, there.repository, digest, received, attempt, there.asker),
+                image,
+                _PATIENCE_IN_LINE,
             )
             try:
                 if stream.offset != received:
@@ -295,9 +314,9 @@ class Warmer:
                 stream.close()
         raise failure
 
-    async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
+    async def _patiently(self, ask: Callable[[], Awaitable[T]], image: _Pull, patience: float) -> T:
         """Asks again when the cache says to come back (``Retry-After``), for as long as there is patience."""
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + patience
         while True:
             try:
                 return await ask()
@@ -305,6 +324,9 @@ class Warmer:
                 seconds = _retry_after(error)
                 if time.monotonic() + seconds > deadline:
                     raise
+                if not image.waits:
+                    image.waits = True
+                    self._tell(f"{image.wanted.name}: asked for again for up to {patience:g} s: {error.message}")
             await asyncio.sleep(seconds)
 
 
@@ -324,6 +346,7 @@ class _Pull:
     wanted: Wanted
     bar: Bar
     size: int = 0
+    waits: bool = False
 
     def took(self, size: int, *, expected: bool = True) -> None:
         """So many bytes of it are here."""

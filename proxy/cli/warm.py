@@ -90,7 +90,7 @@ async def _warm(
     server: Server, where: Where, check: bool, pods: Sequence[PodPull], wanted: Sequence[Platform]
 ) -> dict[Wanted, Result]:
     """What became of the images; of those that were done, where it is interrupted."""
-    warmer = Warmer(server, _Holdings(where).ask, _no_bar if check else _bar, check=check)
+    warmer = Warmer(server, _Holdings(where).ask, _no_bar if check else _bar, _tell, check=check)
     try:
         await warmer.run(pods, wanted)
     except asyncio.CancelledError:  # Ctrl-C
@@ -222,6 +222,10 @@ def _bar(wanted: Wanted) -> Bar:
         return _Shown(wanted)
     click.echo(f"warming {wanted.name} ({wanted.platform})", err=True)
     return _Hidden()
+
+
+def _tell(text: str) -> None:
+    tqdm.write(printable(text, 2048), file=sys.stderr)  # above the bars
 
 
 def _no_bar(_: Wanted) -> Bar:

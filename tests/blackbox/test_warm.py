@@ -104,8 +104,9 @@ def a_secret(name: str, account: Account, registry: str = UPSTREAM, namespace: s
     }
 
 
-def holds(cache: RunningCache, image: Image) -> bool:
-    """Whether all of an image is in the cache."""
+async def holds(cache: RunningCache, image: Image) -> bool:
+    """Whether all of an image is in the cache, once it has saved what it has given."""
+    await cache.settled()
     parts = {image.digest: image.data, image.config_digest: image.config} | dict(
         zip(image.layer_digests, image.layers, strict=True)
     )
@@ -150,8 +151,8 @@ async def test_images_are_held_afterwards_and_served_when_the_registry_is_gone(
     images = [f"{UPSTREAM}/team/app:1", f"{UPSTREAM}/team/app@{two.digest}"]
     first = await warm(cache, *images)
     assert (first.code, [first.row(image).split()[-1] for image in images]) == (0, ["pulled"] * 2), first
-    assert holds(cache, one)
-    assert holds(cache, two)
+    assert await holds(cache, one)
+    assert await holds(cache, two)
     assert all(
         registry.count("GET", f"/v2/team/app/blobs/{digest}") == 1 for digest in one.layer_digests + two.layer_digests
     )
@@ -170,9 +171,9 @@ async def test_the_platforms_that_are_asked_for_and_no_others(registry: Scripted
     rows = outcome.table.splitlines()
     assert (rows[1].split()[1], rows[1].split()[-1]) == ("linux/arm64", "pulled")
     assert "there is no manifest for linux/s390x in it; the platforms in it: linux/amd64, linux/arm64" in rows[2]
-    assert [holds(cache, child) for child in children] == [False, True, False]
+    assert [await holds(cache, child) for child in children] == [False, True, False]
     assert (await warm(cache, ref, "--platform", "all")).code == 0
-    assert all(holds(cache, child) for child in children)
+    assert [await holds(cache, child) for child in children] == [True] * 3
 
 
 async def test_what_fails_is_told_and_the_others_are_pulled(registry: ScriptedRegistry, cache: RunningCache) -> None:
@@ -183,7 +184,7 @@ async def test_what_fails_is_told_and_the_others_are_pulled(registry: ScriptedRe
     assert "MANIFEST_UNKNOWN" in outcome.row("team/gone")
     assert "other.test" in outcome.row("other.test/x")
     assert "2 not" in outcome.said
-    assert holds(cache, image)
+    assert await holds(cache, image)
 
 
 async def test_a_tag_that_is_always_is_asked_with_no_cache(registry: ScriptedRegistry) -> None:
@@ -219,8 +220,10 @@ async def test_a_cache_that_is_busy_is_asked_again_when_it_said(registry: Script
     paths = (f"/v2/{repository}/manifests/1", f"/v2/{repository}/blobs/{image.layer_digests[0]}")
     for path in paths:
         registry.script("GET", path, status(503, b"", headers={"Retry-After": "1"}))
-    assert (await warm(registry.url, f"{UPSTREAM}/team/app:1")).code == 0
+    outcome = await warm(registry.url, f"{UPSTREAM}/team/app:1")
+    assert outcome.code == 0
     assert [registry.count("GET", path) for path in paths] == [2, 2]
+    assert outcome.said.count(f"{UPSTREAM}/team/app:1: asked for again for up to 45 s: ") == 1
 
 
 async def test_one_that_is_to_come_back_tomorrow_is_not_waited_for(registry: ScriptedRegistry) -> None:
@@ -334,7 +337,7 @@ async def test_an_image_without_a_valid_name_is_told_and_the_rest_is_pulled(
     outcome = await warm(cache, "-f", "-", stdin=dump({}, a_pod("it", "Bad/Name", f"{UPSTREAM}/team/app:1")))
     assert outcome.code == 1
     assert "standard input: document 2: Pod default/it: InvalidImageName: Bad/Name" in outcome.row("container c0")
-    assert holds(cache, image)
+    assert await holds(cache, image)
 
 
 # --- what is held, as the admin listener says ---
@@ -385,13 +388,26 @@ async def test_policy_and_what_is_held_decide_what_is_asked_for(
     it = a_pod("it", f"{UPSTREAM}/team/app:1")
     it["spec"]["containers"][0]["imagePullPolicy"] = written
     more = ["--check"] if check else []
-    async with admin_of(lambda image, platform: held) as admin:
+
+    def holdings(image: str, platform: str) -> object:
+        return WHOLE if held and any("/blobs/" in request.path for request in registry.requests) else held
+
+    async with admin_of(holdings) as admin:
         outcome = await warm(registry.url, "--admin", admin, "-f", "-", *more, stdin=dump(it))
     if check:
         asked, code = [], 0 if held == WHOLE else 1
         result = {0: "already held", 1: "missing (2 of its parts)" if held else "what is held is not known"}[code]
     assert (outcome.code, outcome.row("team/app").endswith(result)) == (code, True), outcome
     assert sorted(request.path.split("/")[-2].rstrip("s") for request in registry.requests) == sorted(asked)
+
+
+async def test_what_has_come_and_is_not_held_is_told(registry: ScriptedRegistry) -> None:
+    """A cache whose disk takes no more passes content through: the exit code says whether all is held."""
+    registry.add_image(f"{UPSTREAM}/team/app", "1", [b"layer"])
+    async with admin_of(lambda image, platform: PART) as admin:
+        outcome = await warm(registry.url, "--admin", admin, f"{UPSTREAM}/team/app:1")
+    assert outcome.code == 1
+    assert "pulled, but not held: 2 of its parts are missing" in outcome.row("team/app")
 
 
 async def test_where_nobody_says_what_is_held_that_is_said_once_and_all_is_pulled(
@@ -447,7 +463,7 @@ async def test_a_configuration_says_where_the_cache_is_and_by_which_paths(
     file.write_text(yaml.safe_dump(sections))
     outcome = await ended(await start("--config", str(file), f"{UPSTREAM}/team/app:1"))
     assert outcome.code == 0, outcome
-    assert holds(cache, image)
+    assert await holds(cache, image)
 
 
 # --- what cannot be used ---
