@@ -75,6 +75,17 @@ def parse_manifest(body: bytes, content_type: str) -> Manifest:
     return Manifest(media_type, tuple(_descriptor(item) for item in listed))
 
 
+def is_same_for(media_type: str, asked: str, wanted: str) -> bool:
+    """Whether a manifest of that type, at which a tag points for clients of one class of ``Accept``, ``asked``, is what
+    those of another, ``wanted``, are given. A class names types with commas between; the empty one takes all of today.
+
+    They must take it, and it must be the whole: registries give the image of one platform, out of an index, to who takes no
+    index (distribution ``registry/handlers/manifests.go``), and that is not what others should get.
+    """
+    was_offered, takes = (frozenset(key.split(",") if key else MODERN) for key in (asked, wanted))
+    return media_type in takes and (media_type in INDEXES or takes & INDEXES <= was_offered)
+
+
 def _parse_json(body: bytes) -> dict[str, Any]:
     if sum(body.count(mark) for mark in (b",", b"[", b"{")) > _MAX_ELEMENTS:
         raise ManifestInvalid("it has too many elements")

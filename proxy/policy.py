@@ -119,6 +119,6 @@ def classify_accept(lines: Sequence[str]) -> Accept:
     """
     wanted = {item.partition(";")[0].strip().lower() for line in lines for item in line.split(",")}
     modern = tuple(kind for kind in MODERN if kind in wanted)
-    if "*/*" in wanted or not modern or modern == MODERN:
+    if wanted & {"*/*", "application/*"} or not modern or modern == MODERN:
         return Accept(", ".join(MODERN), "")
     return Accept(", ".join(modern), ",".join(modern))

@@ -19,7 +19,7 @@ from typing import Any
 from cachetools import FIFOCache
 
 from proxy.credentials.credential import Proof
-from proxy.manifests import Manifest
+from proxy.manifests import Manifest, is_same_for
 from proxy.names import Digest, Repository, Tag, parse_digest
 from proxy.storage.base import Origin
 
@@ -204,13 +204,17 @@ class Catalog:
         return row is not None
 
     def tag(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> Tagged | None:
-        """The held manifest that the tag pointed at last, for clients of that class of ``Accept``."""
-        row = self._reader.execute(
-            "SELECT digest, checked FROM tags JOIN blobs USING (digest) WHERE upstream = ? AND repository = ? AND tag = ? "
-            "AND accept = ? AND media_type IS NOT NULL ORDER BY tags.rowid DESC LIMIT 1",
+        """The held manifest that the tag pointed at last, for clients of that class of ``Accept``; where there is none, the
+        one of another class for which the upstream was asked last and that is the same for them."""
+        rows = self._reader.execute(
+            "SELECT digest, checked, accept, media_type FROM tags JOIN blobs USING (digest) WHERE upstream = ? "
+            "AND repository = ? AND tag = ? AND media_type IS NOT NULL ORDER BY accept = ? DESC, tags.rowid DESC",
             (upstream, repository, tag, accept),
-        ).fetchone()
-        return Tagged(parse_digest(row[0]), row[1]) if row else None
+        ).fetchall()
+        for digest, checked, asked, media_type in rows:
+            if asked == accept or is_same_for(media_type, asked, accept):
+                return Tagged(parse_digest(digest), checked)
+        return None
 
     def digests(self) -> dict[Digest, int]:
         """Digest and size of all that is held."""

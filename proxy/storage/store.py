@@ -152,7 +152,7 @@ class Store:
         return bool(self._read(lambda: self._catalog.was_given(upstream, repository, proof)))
 
     def tagged(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> Tagged | None:
-        """Where the tag pointed last."""
+        """Where the tag pointed last, for clients of that class of ``Accept`` or others that would be given the same."""
         return self._read(lambda: self._catalog.tag(upstream, repository, tag, accept))
 
     def referrers(self, upstream: str, repository: Repository, subject: Digest, *, public: bool) -> Listed | None:

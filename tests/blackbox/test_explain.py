@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from proxy.configfile import validate
+from proxy.manifests import OCI_INDEX, OCI_MANIFEST
 from tests.blackbox.oracle import manifest_path
 from tests.blackbox.private import ALICE, APP, WRONG, Clock, PrivateRegistry, Served, Stock, deployed, with_access
 from tests.conftest import UPSTREAM, settings, upstream
@@ -335,6 +336,27 @@ async def test_it_works_with_the_server_and_without(tmp_path: Path, registry: Sc
         found["held"].pop("confirmedAgo")
     assert stopped == running
     assert len(registry.requests) == asked
+
+
+async def test_whoever_has_pulled_a_tag_it_is_held(tmp_path: Path, registry: ScriptedRegistry) -> None:
+    """A client of another ``Accept`` had it: a runtime is served that, so it is told; with a server, and without one. What a
+    runtime might not be given is not held for it."""
+    image = registry.add_image(REPO, "image", [b"layer"])
+    index = registry.add_index(REPO, "index", [image])
+    file = tmp_path / "config.yaml"
+    async with serving(tmp_path, registry) as cache:
+        for tag, accept in (("index", OCI_INDEX), ("image", OCI_MANIFEST)):
+            assert (await cache.get(manifest_path(tag), [("Accept", accept)])).status == 200
+        said = {tag: await explained(cache, f"{NAME}:{tag}") for tag in ("index", "image")}
+    file.write_text(yaml.safe_dump(settings(tmp_path / "cache", upstream(registry), **BY_KUBERNETES)))
+    for tag, held, pull in (
+        ("index", index.digest, "a pull is served from the cache, and nobody is asked"),
+        ("image", None, f"a pull fetches it from {UPSTREAM}"),
+    ):
+        alone = json.loads((await command(f"{NAME}:{tag}", "--config", str(file), "--json"))[1])
+        for told in (said[tag], alone):
+            assert told["held"]["manifest"] == held
+            assert told["pull"].startswith(pull)
 
 
 async def test_a_directory_that_another_one_uses_is_not_read_beside_it(tmp_path: Path, registry: ScriptedRegistry) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from proxy.credentials.credential import Proof
-from proxy.manifests import OCI_INDEX, OCI_MANIFEST, Descriptor, Manifest
+from proxy.manifests import DOCKER_LIST, OCI_INDEX, OCI_MANIFEST, Descriptor, Manifest
 from proxy.names import Digest, Repository, Tag, digest_of
 from proxy.storage import catalog as module
 from proxy.storage.base import Origin
@@ -339,6 +339,31 @@ def test_tags_classes_of_accept_and_repositories_are_apart(catalog: Catalog) -> 
     assert catalog.tag(UP, REPO, TAG, "docker") == Tagged(NEW, 2.0)
     assert catalog.tag(UP, REPO, Tag("2"), ACCEPT) == Tagged(NEW, 2.0)
     assert catalog.tag("other.test", REPO, TAG, ACCEPT) == Tagged(NEW, 2.0)
+
+
+def test_where_there_is_none_of_its_own_the_last_of_a_class_that_is_given_the_same_counts(catalog: Catalog) -> None:
+    """By the order in which the upstream was asked, not by clocks; and only what is held."""
+
+    def found(accept: str) -> Tagged | None:
+        return catalog.tag(UP, REPO, TAG, accept)
+
+    both, wide = f"{OCI_INDEX},{OCI_MANIFEST}", f"{DOCKER_LIST},{OCI_INDEX},{OCI_MANIFEST}"
+    done(catalog.add(OLD, 3, MANIFEST), catalog.add(NEW, 3, MANIFEST), catalog.add(OTHER, 3, Manifest(DOCKER_LIST, ())))
+    tag(catalog, OLD, 2.0, accept="")
+    assert found(both) == Tagged(OLD, 2.0)
+    tag(catalog, NEW, 1.0, accept=wide)
+    assert found(both) == Tagged(NEW, 1.0)
+    tag(catalog, OTHER, 3.0, accept=DOCKER_LIST)
+    assert found(both) == Tagged(NEW, 1.0), "it does not take that"
+    assert found("") == Tagged(OLD, 2.0), "its own goes before"
+    tag(catalog, LAYER, 4.0, accept=wide)  # told of, not held
+    done(catalog.forget_tag(UP, REPO, TAG, both))
+    assert found(both) == Tagged(NEW, 1.0), "it had none of its own, and others keep theirs"
+    done(catalog.forget_tag(UP, REPO, TAG, wide))
+    assert found(both) == Tagged(OLD, 2.0)
+    assert catalog.tag(UP, REPO, Tag("2"), both) is None
+    assert catalog.tag(UP, ELSEWHERE, TAG, both) is None
+    assert catalog.tag("other.test", REPO, TAG, both) is None
 
 
 # --- writing in groups ---

@@ -14,10 +14,12 @@ from proxy.manifests import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
     MAX_BYTES,
+    MODERN,
     OCI_INDEX,
     OCI_MANIFEST,
     Descriptor,
     ManifestInvalid,
+    is_same_for,
     parse_manifest,
 )
 from proxy.names import Digest
@@ -238,3 +240,39 @@ def test_any_json_gives_a_manifest_or_the_one_error(document: dict[str, object],
 def test_any_bytes_give_the_one_error(body: bytes) -> None:
     with pytest.raises(ManifestInvalid):
         parse_manifest(body, OCI_MANIFEST)
+
+
+# --- for whom else ---
+
+DOCKER, OCI, IMAGES = f"{DOCKER_LIST},{DOCKER_MANIFEST}", f"{OCI_INDEX},{OCI_MANIFEST}", f"{OCI_MANIFEST},{DOCKER_MANIFEST}"
+
+
+@pytest.mark.parametrize(
+    ("media_type", "asked", "wanted", "is_same"),
+    [
+        (OCI_MANIFEST, "", OCI, True),
+        (OCI_MANIFEST, "", OCI_MANIFEST, True),
+        (OCI_MANIFEST, "", DOCKER, False),
+        (OCI_INDEX, "", IMAGES, False),
+        (DOCKER_MANIFEST, "", DOCKER_LIST, False),
+        (DOCKER_LIST, "", DOCKER, True),
+        (OCI_INDEX, OCI, "", True),
+        (DOCKER_LIST, DOCKER_LIST, "", True),
+        (OCI_MANIFEST, OCI, "", False),  # a Docker list was not asked for
+        (OCI_MANIFEST, f"{OCI_INDEX},{DOCKER_LIST},{OCI_MANIFEST}", "", True),
+        (DOCKER_MANIFEST, DOCKER_MANIFEST, "", False),
+        (DOCKER_MANIFEST, DOCKER_MANIFEST, DOCKER, False),
+        (DOCKER_MANIFEST, DOCKER_MANIFEST, IMAGES, True),
+    ],
+)
+def test_what_one_is_given_another_would_be_if_he_takes_it_and_no_index_was_left_out(
+    media_type: str, asked: str, wanted: str, is_same: bool
+) -> None:
+    assert is_same_for(media_type, asked, wanted) is is_same
+
+
+@pytest.mark.parametrize("media_type", MODERN)
+def test_who_asks_for_everything_asks_for_all(media_type: str) -> None:
+    """His answer is everybody's who takes it."""
+    for wanted in ("", media_type, OCI, DOCKER, IMAGES):
+        assert is_same_for(media_type, "", wanted) is (not wanted or media_type in wanted.split(","))

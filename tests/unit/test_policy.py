@@ -149,6 +149,7 @@ def test_a_route_leads_to_a_configured_upstream_or_nowhere(namespaces: list[str]
         pytest.param(list(reversed(MODERN)), id="any-order"),
         pytest.param([f"{kind.upper()};q=0.5" for kind in MODERN], id="case-and-parameters"),
         pytest.param([OCI_MANIFEST, "*/*"], id="one-and-anything"),
+        pytest.param([OCI_MANIFEST, "application/*"], id="one-and-any-application-type"),
         pytest.param([",".join(MODERN), "application/vnd.example"], id="foreign-type-beside"),
     ],
 )
