@@ -1,6 +1,6 @@
 """Runs every test, and says last how many were skipped and why: ``python -m tests.run [pytest arguments]``.
 
-Without arguments three parts run side by side: with the real programs, about access and pull policies, and all else. With
+Without arguments three parts run side by side: with the real programs; units, access and pull policies; and all else. With
 ``CI`` set, a skip is a failure: there everything that a test needs can be had, but for what says that it is not.
 """
 
@@ -15,30 +15,33 @@ from pathlib import Path
 
 import pytest
 
-_POLICIES = [
-    f"tests/blackbox/test_{name}.py"
-    for name in (
-        "access",
-        "access_attacked",
-        "access_attacked_again",
-        "access_mended",
-        "listener_access",
-        "secrets",
-        "rotation",
-        "canaries",
-        "admission",
-        "backoff",
-        "decisions",
-        "explain",
-        "image_pull_policy",
-        "policy_table",
-        "warm",
-    )
+_UNITS_AND_POLICIES = [
+    "tests/unit",
+    *(
+        f"tests/blackbox/test_{name}.py"
+        for name in (
+            "access",
+            "access_attacked",
+            "access_attacked_again",
+            "access_mended",
+            "listener_access",
+            "secrets",
+            "rotation",
+            "canaries",
+            "admission",
+            "backoff",
+            "decisions",
+            "explain",
+            "image_pull_policy",
+            "policy_table",
+            "warm",
+        )
+    ),
 ]
 PARTS = {
     "real": ["tests/real"],
-    "policies": _POLICIES,
-    "rest": ["tests", "--ignore=tests/real", *(f"--ignore={path}" for path in _POLICIES)],
+    "policies": _UNITS_AND_POLICIES,
+    "rest": ["tests", "--ignore=tests/real", *(f"--ignore={path}" for path in _UNITS_AND_POLICIES)],
 }
 """Much of each is waiting for others to fail, so that two processors are enough for three."""
 

@@ -147,7 +147,7 @@ class Access:
         was_given = caller.credential is not None and self._was_given(client)
         try:
             if not (was_given and self._is_failing(anyone)):  # else it cannot be found out now
-                await self._prove(anyone, _PATIENCE_GIVEN if was_given else _PATIENCE)
+                await self._prove(anyone, is_short=was_given)
                 return QUOTA
         except (Denied, ManifestUnknown, BlobUnknown, NameUnknown, UpstreamFailing) as error:
             if mode == "public" or (caller.credential is None and not isinstance(error, Denied)):
@@ -194,8 +194,9 @@ class Access:
         """Ends what is being asked."""
         await self._once.close()
 
-    async def _prove(self, question: _Question, patience: float = _PATIENCE) -> None:
-        """A yes that is not too old; raises ``RegistryError`` where there is none."""
+    async def _prove(self, question: _Question, *, is_short: bool = False) -> None:
+        """A yes that is not too old; raises ``RegistryError`` where there is none. ``is_short``: as long as where there was
+        a yes before is waited, and no longer."""
         key, upstream, repository = question.key, question.upstream, question.repository
         if self._age(key) < _ages_of(question)[0]:
             return
@@ -209,8 +210,7 @@ class Access:
             return
         if was_given and self._is_failing(question):
             return
-        if was_given:
-            patience = _PATIENCE_GIVEN
+        patience = _PATIENCE_GIVEN if was_given or is_short else _PATIENCE
         try:
             await self._once.run((key, question.probe.what), lambda: self._ask(question, patience, was_given=was_given))
         except UpstreamFailing as failure:
@@ -229,7 +229,7 @@ class Access:
         """What was deleted upstream is served on to those who may read the repository; some registries say 404 where they
         mean 403, and of the tags then, too. Raises ``RegistryError``."""
         tags = probes.of_list(question.upstream, question.repository)
-        await self._prove(replace(question, probe=tags), _PATIENCE_GIVEN)
+        await self._prove(replace(question, probe=tags), is_short=True)
 
     def _was_given(self, question: _Question) -> bool:
         """Whether there was a yes that may be stretched."""

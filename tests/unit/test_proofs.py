@@ -569,7 +569,8 @@ async def test_a_registry_that_hangs_is_a_failing_one(make: Make, clock: Clock, 
     each = make("verify")
     await each.identity(who())
     clock.now += 301
-    monkeypatch.setattr(proofs, "_PATIENCE", 0.01)
+    for bound in ("_PATIENCE", "_PATIENCE_GIVEN"):
+        monkeypatch.setattr(proofs, bound, 0.01)
     each.registry.open.clear()
     assert await each.identity(who()) == CLIENT
     error = await each.refused(UpstreamUnavailable, who(SECOND))
