@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from proxy.config_upstreams import PUBLIC_REGISTRIES, UpstreamConfig
 from proxy.logs import LogFormat, LogLevel
@@ -25,7 +25,9 @@ from proxy.values import (
     LocalPath,
     Period,
     Quantity,
+    QueueTimeout,
     Section,
+    write_duration,
 )
 
 
@@ -160,7 +162,12 @@ class BackoffConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.initial > self.max:
-            raise ValueError("initial is longer than max")
+            first, most = (write_duration(value) for value in (self.initial, self.max))
+            of_first, of_most = ("" if key in self.model_fields_set else ", the default" for key in ("initial", "max"))
+            raise ValueError(
+                f"initial ({first}{of_first}) is longer than max ({most}{of_most}), the most that it grows to; write "
+                f"initial: {most} or less, or max: {first} or more"
+            )
         return self
 
 
@@ -169,9 +176,6 @@ class LogConfig(Section):
 
     format: LogFormat = "text"
     level: LogLevel = "info"
-
-
-_LONGEST_QUEUE = 240.0
 
 
 class Config(Section):
@@ -196,19 +200,12 @@ class Config(Section):
     offline: bool = Field(default=False, description="everything is Never: no registry is asked")
     serialize_image_pulls: bool | None = Field(default=None, description="one image after the other")
     max_parallel_image_pulls: Count | None = Field(default=None, description="so many images at once; None: any number")
-    queue_timeout: Duration = Field(default="2m", description="what waits longer for its turn fails")  # type: ignore[assignment]
+    queue_timeout: QueueTimeout = Field(default="2m", description="what waits longer for its turn fails")  # type: ignore[assignment]
     stale_if_error: bool = Field(default=True, description="a held tag is served while its upstream fails")
     max_stale: Period | None = Field(default=None, description="unless it was confirmed longer ago")
     deleted_grace: Period = Field(default="0s", description="a held tag is served so long after its upstream said 404")  # type: ignore[assignment]
     backoff: BackoffConfig = BackoffConfig()
     log: LogConfig = LogConfig()
-
-    @field_validator("queue_timeout")
-    @classmethod
-    def _is_in_time(cls, value: float) -> float:
-        if value > _LONGEST_QUEUE:
-            raise ValueError("at most 4m: containerd gives up a pull in which nothing comes for 5 minutes")
-        return value
 
     @property
     def image_limit(self) -> int | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 from pydantic.alias_generators import to_camel
 
 from proxy.names import canonical_host, is_host, is_host_like
@@ -28,6 +29,25 @@ def parse_duration(value: object) -> object:
     if isinstance(value, str) and _DURATION.fullmatch(value):
         return sum(float(number) * _SECONDS[unit] for number, unit in _DURATION_PART.findall(value))
     raise ValueError("not a duration; write for example 10s, 250ms or 1m30s")
+
+
+def write_duration(seconds: float) -> str:
+    """A duration as ``parse_duration`` takes it, in the largest unit of which it is a whole number."""
+    for unit in ("h", "m"):
+        if seconds and seconds % _SECONDS[unit] == 0:
+            return f"{seconds / _SECONDS[unit]:.10g}{unit}"
+    return f"{seconds:.10g}s"
+
+
+def _at_most(most: float, why: str = "", *, or_none: bool = False) -> Callable[[float], float]:
+    def check(value: float) -> float:
+        if not value and not or_none:
+            raise ValueError("more than 0s is needed")
+        if value > most:
+            raise ValueError(f"at most {write_duration(most)}{why}")
+        return value
+
+    return check
 
 
 def parse_quantity(value: object) -> object:
@@ -215,8 +235,15 @@ class Section(BaseModel):
 Count = Annotated[int, BeforeValidator(parse_count)]
 Reserve = Annotated[int, BeforeValidator(parse_reserve)]
 Rate = Annotated[float, BeforeValidator(parse_rate)]
-Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, le=3600)]
-Period = Annotated[float, BeforeValidator(parse_duration), Field(ge=0, le=30 * 24 * 3600)]
+Duration = Annotated[float, BeforeValidator(parse_duration), AfterValidator(_at_most(3600))]
+QueueTimeout = Annotated[
+    float,
+    BeforeValidator(parse_duration),
+    AfterValidator(_at_most(240, ": containerd gives up a pull in which nothing comes for 5 minutes")),
+]
+Period = Annotated[
+    float, BeforeValidator(parse_duration), AfterValidator(_at_most(30 * 24 * 3600, " (30 days)", or_none=True))
+]
 Glob = Annotated[str, AfterValidator(_glob)]
 ExternalURL = Annotated[str, AfterValidator(_external_url)]
 Quantity = Annotated[int, BeforeValidator(parse_quantity)]

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from proxy.config import Config
 from proxy.config_upstreams import PUBLIC_REGISTRIES
 from proxy.configfile import ConfigError, keys, load, validate
-from proxy.values import Address, parse_duration, parse_quantity
+from proxy.values import Address, parse_duration, parse_quantity, write_duration
 
 
 def faults_of(raw: object) -> list[str]:
@@ -164,9 +164,13 @@ def test_an_unknown_key_is_refused_with_what_was_meant(raw: object, path: str, h
         (one(clientCertFile=["/c"]), "upstreams[0].clientCertFile", "path"),
         (one(clientCrtFile="/c"), "upstreams[0].clientCrtFile", "did you mean 'clientCertFile'"),
         (one(httpsProxy="http://a.test"), "upstreams[0].httpsProxy", "did you mean 'httpProxy'"),
-        (one(timeouts={"endpoint": "0s"}), "upstreams[0].timeouts.endpoint", "more than 0 is needed"),
-        (one(timeouts={"head": "0s"}), "upstreams[0].timeouts.head", "more than 0 is needed"),
-        (one(timeouts={"head": "2h"}), "upstreams[0].timeouts.head", "3600"),
+        (one(timeouts={"endpoint": "0s"}), "upstreams[0].timeouts.endpoint", "more than 0s is needed"),
+        (one(timeouts={"head": "0s"}), "upstreams[0].timeouts.head", "more than 0s is needed"),
+        (one(timeouts={"head": "61m"}), "upstreams[0].timeouts.head", "at most 1h"),
+        ({"rereadFilesEvery": "0ms"}, "rereadFilesEvery", "more than 0s is needed"),
+        ({"maxStale": "721h"}, "maxStale", "at most 720h (30 days)"),
+        ({"backoff": {"max": "43201m"}}, "backoff.max", "at most 720h (30 days)"),
+        ({"queueTimeout": "2h"}, "queueTimeout", "at most 4m: containerd"),
         (one(allowAddresses=["10.0.0.0/33"]), "upstreams[0].allowAddresses[0]", ""),
         ({"log": {"level": "INFO"}}, "log.level", "'info'"),
         ({"log": {"level": 5}}, "log.level", "'info'"),
@@ -489,6 +493,45 @@ def test_durations(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (0.25, "0.25s"),
+        (10, "10s"),
+        (90, "90s"),
+        (300, "5m"),
+        (5400, "90m"),
+        (2592000, "720h"),
+        (2591999, "2591999s"),
+    ],
+)
+def test_a_duration_is_told_as_it_is_written(seconds: float, text: str) -> None:
+    assert write_duration(seconds) == text
+    assert parse_duration(text) == seconds
+
+
+def test_the_longest_periods_are_taken() -> None:
+    config = validate({"maxStale": "720h", "queueTimeout": "4m", "rereadFilesEvery": "1h", "deletedGrace": "0s"})
+    assert (config.max_stale, config.queue_timeout, config.reread_files_every) == (2592000, 240, 3600)
+
+
+@pytest.mark.parametrize(
+    ("backoff", "first", "most"),
+    [
+        ({"initial": "10m", "max": "90s"}, "10m", "90s"),
+        ({"initial": "10m"}, "10m", "5m, the default"),
+        ({"max": "5s"}, "10s, the default", "5s"),
+    ],
+)
+def test_a_backoff_that_begins_above_its_end_names_both(backoff: dict[str, str], first: str, most: str) -> None:
+    """With what to write, and which of them is the default."""
+    assert faults_of({"backoff": backoff}) == [
+        f"backoff: initial ({first}) is longer than max ({most}), the most that it grows to; write initial: "
+        f"{most.partition(',')[0]} or less, or max: {first.partition(',')[0]} or more"
+    ]
+
+
+@pytest.mark.parametrize(
     "text", ["", "5", "s", "-1s", "1 s", "1d", "1S", "1s ", "1s\n", "1..5s", ".5s", "\u0661s", "1e3s", None, True, "inf"]
 )
 def test_what_is_no_duration(text: object) -> None:
@@ -764,7 +807,7 @@ def test_access_may_be_one_word(mode: str) -> None:
         (5, "upstreams[0].access", "keys are needed below it"),
         ({"mod": "public"}, "upstreams[0].access.mod", "did you mean 'mode'"),
         ({"maxAge": "5"}, "upstreams[0].access.maxAge", "10s"),
-        ({"maxAge": "721h"}, "upstreams[0].access.maxAge", "2592000"),
+        ({"maxAge": "721h"}, "upstreams[0].access.maxAge", "at most 720h (30 days)"),
         ({"publicFor": "-1s"}, "upstreams[0].access.publicFor", "10s"),
         ({"repositories": ["a"]}, "upstreams[0].access", "belong to mode: shared"),
         ({"mode": "verify", "iUnderstandThisIsShared": True}, "upstreams[0].access", "belong to mode: shared"),

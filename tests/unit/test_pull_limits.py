@@ -64,7 +64,7 @@ def test_the_defaults() -> None:
         ({"maxParallelImagePulls": "1.5"}, "maxParallelImagePulls: not a whole number of at least 1"),
         ({"serializeImagePulls": "perhaps"}, "serializeImagePulls: true or false is needed"),
         ({"queueTimeout": "4m1s"}, "queueTimeout: at most 4m: containerd gives up"),
-        ({"queueTimeout": "0s"}, "queueTimeout: more than 0 is needed"),
+        ({"queueTimeout": "0s"}, "queueTimeout: more than 0s is needed"),
         ({"queueTimeout": 60}, "queueTimeout: not a duration"),
         (upstream(maxConcurrentFetches=0), "upstreams[0].maxConcurrentFetches: not a whole number of at least 1"),
         (upstream(requestsPerSecond=-1), "upstreams[0].requestsPerSecond: not a number of more than 0"),
