@@ -122,8 +122,8 @@ def _check_tls(certificate: Path | None, key: Path | None, client_ca: Path | Non
 class RuleConfig(Section):
     """A rule on what may be pulled at all; the first that matches decides, and what none matches is allowed."""
 
-    name: str = Field(min_length=1, max_length=128)
-    match: Glob = Field(description="a glob over registry/repository; * matches / too")
+    name: str = Field(min_length=1, max_length=128, examples=["name: nothing else from ghcr"])
+    match: Glob = Field(description="a glob over registry/repository; * matches / too", examples=['match: "ghcr.io/corp/*"'])
     action: Literal["allow", "deny"]
     dry_run: bool = False
 
@@ -134,21 +134,29 @@ PullPolicy = Literal["Always", "IfNotPresent", "Never"]
 class ImagePullPolicyRule(Section):
     """The policy of what ``match`` matches; the first that matches decides."""
 
-    match: Glob = Field(description="a glob over registry/repository:tag; * matches / too")
+    match: Glob = Field(
+        description="a glob over registry/repository:tag; * matches / too", examples=['match: "ghcr.io/corp/*:main"']
+    )
     policy: PullPolicy
     max_age: Period | None = Field(default=None, description="IfNotPresent: a tag held for longer is asked for again")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.max_age is not None and self.policy != "IfNotPresent":
-            raise ValueError("maxAge belongs to policy: IfNotPresent")
+            asked = "asks every time" if self.policy == "Always" else "never asks"
+            raise ValueError(
+                f"maxAge belongs to policy: IfNotPresent, and {self.policy} {asked}; write policy: IfNotPresent, or leave "
+                "maxAge out"
+            )
         return self
 
 
 class ImagePullPolicyConfig(Section):
     """When a registry is asked about what is held, where that is not to be derived from the tag."""
 
-    rules: list[ImagePullPolicyRule] = Field(default_factory=list)
+    rules: list[ImagePullPolicyRule] = Field(
+        default_factory=list, examples=['- {match: "ghcr.io/corp/*:main", policy: Always}']
+    )
 
 
 class BackoffConfig(Section):
@@ -186,16 +194,24 @@ class Config(Section):
     cache: CacheConfig = Field(default_factory=CacheConfig)
     default_upstream: str | None = None
     upstreams: list[UpstreamConfig] = Field(
-        default_factory=lambda: [UpstreamConfig.model_validate({"name": name}) for name in PUBLIC_REGISTRIES], min_length=1
+        default_factory=lambda: [UpstreamConfig.model_validate({"name": name}) for name in PUBLIC_REGISTRIES],
+        min_length=1,
+        examples=["- name: docker.io"],
     )
     listener: ListenerConfig = ListenerConfig()
     admin_listener: AdminListenerConfig = AdminListenerConfig()
     external_url: ExternalURL | None = Field(default=None, alias="externalURL")
-    image_pull_secrets: list[PullSecretSource] = Field(default_factory=list)
+    image_pull_secrets: list[PullSecretSource] = Field(
+        default_factory=list, examples=["- file: /etc/pullcache/registry-corp.yaml"]
+    )
     image_credential_provider: CredentialProviderConfig | None = None
     reread_files_every: Duration = Field(default="5s", description="how often secrets and certificates are looked at")  # type: ignore[assignment]
-    rules: list[RuleConfig] = Field(default_factory=list)
-    image_pull_policy: ImagePullPolicyConfig = ImagePullPolicyConfig()
+    rules: list[RuleConfig] = Field(
+        default_factory=list, examples=['- {name: nothing else from ghcr, match: "ghcr.io/*", action: deny}']
+    )
+    image_pull_policy: ImagePullPolicyConfig = Field(
+        default=ImagePullPolicyConfig(), examples=['rules: [{match: "*", policy: Always}]']
+    )
     always_pull_images: bool = Field(default=False, description="every tag is Always, whatever the rules say")
     offline: bool = Field(default=False, description="everything is Never: no registry is asked")
     serialize_image_pulls: bool | None = Field(default=None, description="one image after the other")

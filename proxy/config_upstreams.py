@@ -71,7 +71,7 @@ class AccessConfig(Section):
 class UpstreamConfig(Section):
     """A registry that is cached."""
 
-    name: UpstreamName
+    name: UpstreamName = Field(examples=["name: docker.io"])
     path_prefix: PathPrefix | None = None
     endpoints: list[Endpoint] = Field(default_factory=list)
     ca_file: LocalPath | None = None

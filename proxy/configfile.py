@@ -6,20 +6,19 @@ from that file.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import aiofiles
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
 from proxy.config import Config
+from proxy.config_faults import explained, keys
 from proxy.config_upstreams import PUBLIC_REGISTRIES, AccessConfig
 from proxy.names import DOCKER_HUB, DOCKER_HUB_ALIASES, canonical_host, path_form
 from proxy.values import Address, parse_address, parse_count
@@ -31,24 +30,6 @@ class ConfigError(Exception):
     def __init__(self, faults: list[str]) -> None:
         super().__init__("\n".join(faults))
         self.faults = faults
-
-
-def _models(model: type[BaseModel] = Config) -> Iterator[type[BaseModel]]:
-    yield model
-    for field in model.model_fields.values():
-        for part in _parts(field):
-            yield from _models(part)
-
-
-def _parts(field: FieldInfo) -> list[type[BaseModel]]:
-    """The sections that a key holds."""
-    found = (field.annotation, *getattr(field.annotation, "__args__", ()))
-    return [part for part in found if isinstance(part, type) and issubclass(part, BaseModel)]
-
-
-def keys() -> set[str]:
-    """Every key of the configuration, as it is written."""
-    return {field.alias or name for model in _models() for name, field in model.model_fields.items()}
 
 
 async def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -84,7 +65,7 @@ def validate(raw: object, faults: list[str] | None = None) -> Config:
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        faults += [_explain(item) for item in error.errors(include_url=False, include_context=False, include_input=False)]
+        faults += explained(error)
     else:
         faults += dangers(config)
     if faults:
@@ -241,46 +222,6 @@ def _merge(under: object, over: Mapping[str, Any]) -> object:
     for key, value in over.items():
         merged[key] = _merge(under.get(key, {}), value) if isinstance(value, Mapping) else value
     return merged
-
-
-def _explain(item: Any) -> str:
-    where = ""
-    for part in item["loc"]:
-        where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
-    message = _PLAIN.get(item["type"]) or item["msg"].removeprefix("Value error, ").replace(
-        "Input should be", "it has to be", 1
-    )
-    if item["type"] == "model_type" and not where:
-        message = "the file must be keys and values; write for example 'listen: 127.0.0.1:5000'"
-    elif item["type"] == "model_type" and item["loc"][:-1] == ("upstreams",):
-        message += "; write for example '- name: docker.io'"
-    elif item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(item["loc"][-1]), _keys_beside(item["loc"]), n=1)
-        message = "unknown key" + (f"; did you mean '{near[0]}'?" if near else "")
-    return f"{where}: {message}" if where else message
-
-
-def _keys_beside(place: Sequence[str | int]) -> list[str]:
-    """The keys that there are where this one stands."""
-    model: type[BaseModel] = Config
-    for part in place[:-1]:
-        field = next((field for name, field in model.model_fields.items() if (field.alias or name) == part), None)
-        if field is not None:
-            model = next(iter(_parts(field)), model)
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-_PLAIN = {
-    "missing": "is needed",
-    "model_type": "keys are needed below it",
-    "list_type": "a list is needed; write [..., ...]",
-    "too_short": "at least one is needed",
-    "bool_parsing": "true or false is needed",
-    "bool_type": "true or false is needed",
-    "string_type": "a text is needed",
-    "greater_than": "more than 0 is needed",
-}
-"""What a kind of fault is called, where pydantic speaks to programmers."""
 
 
 class _Loader(yaml.SafeLoader):

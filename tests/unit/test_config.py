@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from proxy.config import Config
+from proxy.config_faults import keys, sections
 from proxy.config_upstreams import PUBLIC_REGISTRIES
-from proxy.configfile import ConfigError, keys, load, validate
+from proxy.configfile import ConfigError, load, validate
 from proxy.values import Address, parse_duration, parse_quantity, write_duration
 
 
@@ -148,6 +150,82 @@ def test_an_unknown_key_is_refused_with_what_was_meant(raw: object, path: str, h
     (fault,) = faults_of(raw)
     assert fault.startswith(f"{path}: unknown key")
     assert hint in fault
+
+
+@pytest.mark.parametrize(
+    ("raw", "fault"),
+    [
+        ({"tokenHosts": ["a.test"]}, "tokenHosts: unknown key; tokenHosts belongs under upstreams[]"),
+        ({"connect": "5s"}, "connect: unknown key; connect belongs under upstreams[].timeouts"),
+        (one(offline=True), "upstreams[0].offline: unknown key; offline belongs at the top level"),
+        (
+            one(access={"pathPrefix": "x"}),
+            "upstreams[0].access.pathPrefix: unknown key; pathPrefix belongs under upstreams[]",
+        ),
+        (
+            {"clientCAFile": "/ca"},
+            "clientCAFile: unknown key; clientCAFile belongs under listener or under adminListener",
+        ),
+        (
+            one(endpoint=["https://a.test"]),
+            "upstreams[0].endpoint: unknown key; did you mean 'endpoints'? endpoint belongs under upstreams[].timeouts",
+        ),
+        (one(qqqqqqq=1), "upstreams[0].qqqqqqq: unknown key"),
+    ],
+)
+def test_a_key_that_belongs_elsewhere_is_told_where(raw: object, fault: str) -> None:
+    assert faults_of(raw) == [fault]
+
+
+def test_a_key_that_belongs_elsewhere_is_told_where_though_its_value_is_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "proxy").write_text("http://u:hunter2@proxy.test")
+    (fault,) = faults_of_text(tmp_path, f"httpProxyFile: {tmp_path / 'proxy'}")
+    assert fault == "httpProxy: unknown key; httpProxy belongs under upstreams[]"
+
+
+@pytest.mark.parametrize(
+    ("raw", "fault"),
+    [
+        (
+            {"imagePullPolicy": "Always"},
+            "imagePullPolicy: keys are needed below it; write for example 'rules: [{match: \"*\", policy: Always}]'",
+        ),
+        (
+            {"imagePullPolicy": {"rules": ["Always"]}},
+            'imagePullPolicy.rules[0]: keys are needed below it; write for example \'- {match: "ghcr.io/corp/*:main", '
+            "policy: Always}'",
+        ),
+        (
+            {"imagePullPolicy": {"rules": [{"match": "*"}]}},
+            "imagePullPolicy.rules[0].policy: is needed: 'Always', 'IfNotPresent' or 'Never'",
+        ),
+        (
+            {"imagePullPolicy": {"rules": [{"policy": "Never"}]}},
+            "imagePullPolicy.rules[0].match: is needed; write for example 'match: \"ghcr.io/corp/*:main\"'",
+        ),
+        ({"rules": [{"name": "a", "match": "*"}]}, "rules[0].action: is needed: 'allow' or 'deny'"),
+        (
+            {"rules": [{"name": "a", "action": "deny"}]},
+            "rules[0].match: is needed; write for example 'match: \"ghcr.io/corp/*\"'",
+        ),
+        ({"upstreams": [{}]}, "upstreams[0].name: is needed; write for example 'name: docker.io'"),
+        ({"rules": [{"match": "*", "action": "deny"}]}, "rules[0].name: is needed; write for example 'name: nothing else"),
+    ],
+)
+def test_what_is_needed_is_shown(raw: object, fault: str) -> None:
+    (told,) = faults_of(raw)
+    assert told.startswith(fault)
+
+
+def test_each_example_in_a_message_can_be_written() -> None:
+    """It is the line of the key itself, or what stands below it."""
+    found = [(key, field) for fields in sections().values() for key, field in fields.items() if field.examples]
+    assert {"upstreams", "imagePullPolicy", "match"} <= {key for key, _ in found}
+    for key, field in found:
+        for example in field.examples or []:
+            read = yaml.safe_load(example)
+            value = read[key] if isinstance(read, dict) and key in read else read
+            TypeAdapter[Any](cast(Any, field.annotation)).validate_python(value)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from pydantic import BaseModel
 
 from proxy import __version__
 from proxy.config import Config
-from proxy.configfile import keys, load
+from proxy.config_faults import keys
+from proxy.configfile import load
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "config.example.yaml"

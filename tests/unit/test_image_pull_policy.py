@@ -124,7 +124,8 @@ def test_every_fault_is_named_at_once() -> None:
         "imagePullPolicy.rules[0].policy: ",
         "it has to be 'Always', 'IfNotPresent' or 'Never'",
         "imagePullPolicy.rules[1].match: is needed",
-        "imagePullPolicy.rules[2]: maxAge belongs to policy: IfNotPresent",
+        "imagePullPolicy.rules[2]: maxAge belongs to policy: IfNotPresent, and Always asks every time; write policy: "
+        "IfNotPresent, or leave maxAge out",
         "imagePullPolicy.rules[3].maxAge: not a duration",
         "imagePullPolicy.rules[4].match: ",
         "offline: true or false is needed",

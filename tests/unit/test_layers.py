@@ -37,6 +37,7 @@ ROWS = (
     {"backoff"},
     {"credentials/*"},  # storage and upstream know whose a link or a request is, and nothing of who may read
     {"listings", "configfile", "rules", "documents", "platforms"},
+    {"config_faults"},
     {"config", "manifests", "watch"},
     {"config_upstreams"},
     {"values"},
@@ -52,7 +53,7 @@ FOREIGN = {
     "click": {"cli/*"},
     "tqdm": {"cli/warm"},
     "yaml": {"configfile", "documents", "credentials/docker_config", "credentials/providers"},
-    "pydantic": {"config", "config_upstreams", "configfile", "values"},
+    "pydantic": {"config", "config_faults", "config_upstreams", "configfile", "values"},
     "prometheus_client": {"metrics", "upstream/*"},
     "ssl": {"upstream/*", "certificates", "cli/explain"},
     "bcrypt": {"access/htpasswd"},
