@@ -32,7 +32,7 @@ from proxy.edge import Edge, Route
 from proxy.explain import Explain
 from proxy.fetch import Fetcher
 from proxy.handlers import Handlers
-from proxy.image_pull_policy import PullPolicies
+from proxy.image_pull_policy import PullPolicies, idle_rules
 from proxy.images import Images
 from proxy.links import Links
 from proxy.listener import Listener
@@ -207,7 +207,7 @@ def check_access(config: Config, pull_secrets: PullSecrets) -> None:
 
 def warnings_of(config: Config, pull_secrets: PullSecrets) -> list[str]:
     """A line for each thing that may be meant, and hardly is."""
-    return [
+    return idle_rules(config) + [
         f"upstreams[{number}].access: shared, and no pull secret is for {upstream.name}: what is private there is refused; "
         "do the keys in the secret name that registry?"
         for number, upstream in enumerate(config.upstreams)

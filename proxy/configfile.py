@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from proxy.config import Config
 from proxy.config_faults import explained, keys
 from proxy.config_upstreams import PUBLIC_REGISTRIES, AccessConfig
+from proxy.globs import pointless
 from proxy.names import DOCKER_HUB, DOCKER_HUB_ALIASES, canonical_host, path_form
 from proxy.values import Address, parse_address, parse_count
 
@@ -128,15 +129,7 @@ def dangers(config: Config) -> list[str]:
 
 def _pointless(key: str, globs: Sequence[str], registries: Sequence[str]) -> list[str]:
     """A line for each glob that no image of these registries can match."""
-    faults = []
-    for glob in globs:
-        fixed = re.split(r"[*?\[]", glob, maxsplit=1)[0]
-        if not any(fixed.startswith(f"{name}/") or (fixed != glob and f"{name}/".startswith(fixed)) for name in registries):
-            faults.append(
-                f"{key}: '{glob}' matches nothing of {', '.join(registries)}; it is about registry/repository: write for "
-                f"example {registries[0]}/base/*"
-            )
-    return faults
+    return [f"{key}: {told}" for glob in globs if (told := pointless(glob, registries))]
 
 
 def _clashes(raw: object) -> list[str]:

@@ -98,6 +98,15 @@ def test_what_is_hardly_meant_is_warned_of(tmp_path: Path) -> None:
     assert invoke("check-config", str(file)).stderr == ""
 
 
+def test_a_rule_that_decides_nothing_is_warned_of(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text('imagePullPolicy: {rules: [{match: "docker.io/nginx:1", policy: Never}, {match: "*", policy: Always}]}')
+    result = invoke("check-config", str(file))
+    assert result.exit_code == 0
+    assert result.stderr.startswith("warning: imagePullPolicy.rules[0].match: 'docker.io/nginx:1' matches nothing of ")
+    assert len(result.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

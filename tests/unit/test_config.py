@@ -1084,6 +1084,8 @@ def test_a_realm_that_would_break_its_header_is_refused(realm: str) -> None:
         ("c[o]rp.test/a", False),
         ("team/*", True),
         ("corp.test", True),
+        ("corp.test/team/app:1", True),
+        ("corp.test/Team/*", True),
         ("corp.tes/*", True),
         ("corp.testing/*", True),
     ],

@@ -8,7 +8,7 @@ import pytest
 
 from proxy.config import PullPolicy
 from proxy.configfile import ConfigError, validate
-from proxy.image_pull_policy import PullDecision, PullPolicies, derived_policy
+from proxy.image_pull_policy import PullDecision, PullPolicies, derived_policy, idle_rules
 from proxy.names import Reference, Tag, parse_digest, parse_image_name
 
 DIGEST = parse_digest("sha256:" + "a" * 64)
@@ -144,3 +144,34 @@ def test_an_age_of_what_is_never_served_stale_is_refused_with_every_other_fault(
         validate({"staleIfError": said, "maxStale": "1h", "offline": "perhaps"})
     assert [fault.partition(":")[0] for fault in caught.value.faults] == ["maxStale", "offline"]
     validate({"staleIfError": True, "maxStale": "1h"})
+
+
+@pytest.mark.parametrize(
+    ("matches", "told"),
+    [
+        ([], {}),
+        (["ghcr.io/a/*", "ghcr.io/*", "*:dev", "*"], {}),
+        (["ghcr.io/a/b", "ghcr.io/*"], {0: "write for example ghcr.io/a/b:*"}),
+        (
+            ["quay.io/*", "ghcr.io/*"],
+            {0: "'quay.io/*' matches nothing of docker.io, ghcr.io; it is about registry/repository:tag"},
+        ),
+        (["ghcr.io/*", "*:dev", "ghcr.io/*"], {2: "'ghcr.io/*' is never reached: rules[0] ('ghcr.io/*') before it"}),
+        (
+            ["*", "ghcr.io/*", "*"],
+            {
+                1: "'ghcr.io/*' is never reached: rules[0] ('*') before it",
+                2: "'*' is never reached: rules[0] ('*') before it",
+            },
+        ),
+        (["*", "quay.io/*"], {1: "'quay.io/*' matches nothing of"}),
+    ],
+)
+def test_a_rule_that_decides_nothing_is_told(matches: list[str], told: dict[int, str]) -> None:
+    """No image is like it, or one before it takes all that it would."""
+    upstreams = {"upstreams": [{"name": "docker.io"}, {"name": "ghcr.io"}]}
+    lines = idle_rules(validate(rules(*((match, "Never") for match in matches)) | upstreams))
+    assert len(lines) == len(told)
+    for line, (number, part) in zip(lines, told.items(), strict=True):
+        assert line.startswith(f"imagePullPolicy.rules[{number}].match: ")
+        assert part in line

@@ -40,7 +40,7 @@ ROWS = (
     {"config_faults"},
     {"config", "manifests", "watch"},
     {"config_upstreams"},
-    {"values"},
+    {"values", "globs"},
     {"names", "ranges", "once", "threads", "certificates", "files", "unique"},
     {"errors", "logs", "metrics"},
     {"__init__"},
@@ -63,6 +63,7 @@ FOREIGN = {
 PURE = (
     "names",
     "ranges",
+    "globs",
     "unique",
     "manifests",
     "platforms",
