@@ -25,6 +25,7 @@ _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _SHORTEST = 16
+_WHICH = b'{"error": "which image? Ask for example /explain?image=docker.io/library/debian:12"}\n'
 
 Explain = Callable[[str, str], Awaitable[dict[str, Any]]]
 
@@ -67,7 +68,7 @@ def listener(
     metrics: Metrics, is_ready: Callable[[], bool], explain: Explain | None = None, token: AdminToken | None = None
 ) -> Listener:
     """``/healthz``: the event loop turns; ``/readyz``: no stop was asked for; ``/metrics``; ``/explain?image=``, and
-    perhaps ``&platform=``."""
+    perhaps ``&platform=``; without an image that is 400."""
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         path = request.rel_url.raw_path
@@ -85,7 +86,8 @@ def listener(
         elif path == "/metrics":
             status, body, kind = 200, metrics.render(), _PROMETHEUS
         elif path == "/explain" and explain is not None:
-            status, body, kind = 200, await _explanation(explain, request.rel_url.query), _JSON
+            status, kind = 200 if request.rel_url.query.get("image") else 400, _JSON
+            body = await _explanation(explain, request.rel_url.query) if status == 200 else _WHICH
         return web.Response(status=status, body=body, headers=headers | {"Content-Type": kind})
 
     return Listener(answer, metrics)

@@ -47,8 +47,10 @@ def route(routes: Routes, namespaces: Sequence[str], name: str) -> Route:
     first, slash, rest = name.partition("/")
     if namespaces:
         upstream = canonical_host(namespaces[0])
-        if len(namespaces) != 1 or upstream not in routes.names:
-            raise NameUnknown("the registry named in 'ns' is not among the upstreams of this cache")
+        if len(namespaces) != 1:
+            raise NameUnknown("'ns' is given more than once: it says which registry is meant, and there is one only")
+        if upstream not in routes.names:
+            raise _not_an_upstream("named in 'ns'")
         path = rest if slash and first in (upstream, path_form(upstream)) else name  # override_path says it twice
     else:
         first = canonical_host(first)
@@ -57,12 +59,20 @@ def route(routes: Routes, namespaces: Sequence[str], name: str) -> Route:
         elif is_host_like(first) or first in routes.prefixes:
             if first in routes.prefixes:
                 raise NameInvalid("the name holds a registry but no repository")
-            raise NameUnknown("the registry in the name is not among the upstreams of this cache")
+            raise _not_an_upstream("in the name")
         elif routes.default is None:
-            raise NameUnknown("the name holds no registry, and this cache has no defaultUpstream")
+            raise NameUnknown("the name holds no registry, and this cache has no defaultUpstream: write REGISTRY/NAME")
         else:
             upstream, path = routes.default, name
     return Route(upstream, qualify(upstream, parse_repository(path)))
+
+
+def _not_an_upstream(where: str) -> NameUnknown:
+    """Its text does not repeat the registry: no error repeats what a client sent. The access log has it."""
+    return NameUnknown(
+        f"the registry {where} is not among the upstreams of this cache; have it added to 'upstreams' there, or pull "
+        "without the cache"
+    )
 
 
 @dataclass(frozen=True, slots=True)

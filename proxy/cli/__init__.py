@@ -89,6 +89,8 @@ def explain(
 
     A running one is asked; where none runs, it is told from the configuration and the cache directory.
     """
+    if not image:
+        raise click.UsageError("an image is needed, for example docker.io/library/debian:12")
     config = _load(file) if file else None
     from proxy.cli.explain import Admin, run
 

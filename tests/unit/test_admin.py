@@ -70,13 +70,8 @@ def shown(token: str, scheme: str = "Bearer") -> Pairs:
 
 async def test_without_a_token_everything_is_told_to_who_reaches_it(start: Start) -> None:
     running = await start()
-    assert [(await running.get(path)).status for path in ("/healthz", "/readyz", "/metrics", "/explain", "/other")] == [
-        200,
-        200,
-        200,
-        200,
-        404,
-    ]
+    paths = ("/healthz", "/readyz", "/metrics", "/explain?image=debian", "/other")
+    assert [(await running.get(path)).status for path in paths] == [200, 200, 200, 200, 404]
 
 
 async def test_with_a_token_health_and_readiness_are_for_all_and_the_rest_for_who_shows_it(
@@ -125,9 +120,16 @@ async def test_a_cache_that_stops_is_not_ready_and_alive(start: Start) -> None:
 
 async def test_explanations_are_json_and_so_is_that_there_is_none(start: Start) -> None:
     running = await start()
-    for image, expected in (("debian", {"image": "debian"}), ("wrong", {"error": "not an image"}), ("", {"image": ""})):
+    for image, expected in (("debian", {"image": "debian"}), ("wrong", {"error": "not an image"})):
         answer = await running.get(f"/explain?image={image}")
         assert (answer.status, json.loads(answer.body)) == (200, expected)
+
+
+@pytest.mark.parametrize("query", ["", "?", "?image=", "?imag=debian", "?platform=linux/amd64"])
+async def test_who_names_no_image_is_shown_how(start: Start, query: str) -> None:
+    answer = await (await start()).get(f"/explain{query}")
+    assert (answer.status, answer.headers.get("Content-Type")) == (400, "application/json")
+    assert "/explain?image=docker.io/library/debian:12" in json.loads(answer.body)["error"]
 
 
 # --- the token ---

@@ -339,6 +339,7 @@ def at_a_terminal(*arguments: str) -> tuple[int, str]:
         ["check-config"],
         ["nonsense"],
         ["serve", "--nonsense"],
+        ["explain", ""],
     ],
 )
 def test_what_cannot_be_used_exits_2(arguments: list[str]) -> None:

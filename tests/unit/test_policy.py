@@ -27,6 +27,31 @@ NO_DEFAULT = Routes(PREFIXES, ROUTES.names, None)
 
 
 @pytest.mark.parametrize(
+    ("namespaces", "name", "where"),
+    [
+        (["quay.io"], "team/app", "named in 'ns'"),
+        (["user:hunter2@quay.io"], "a", "named in 'ns'"),
+        ([], "quay.io/a", "in the name"),
+    ],
+)
+def test_who_asks_for_a_registry_that_is_no_upstream_is_told_what_to_do(
+    namespaces: list[str], name: str, where: str
+) -> None:
+    """What was sent is not repeated."""
+    with pytest.raises(NameUnknown) as raised:
+        route(ROUTES, namespaces, name)
+    assert raised.value.message == (
+        f"the registry {where} is not among the upstreams of this cache; have it added to 'upstreams' there, or pull "
+        "without the cache"
+    )
+
+
+def test_several_ns_are_told_as_that() -> None:
+    with pytest.raises(NameUnknown, match="'ns' is given more than once"):
+        route(ROUTES, ["docker.io", "docker.io"], "team/app")
+
+
+@pytest.mark.parametrize(
     ("namespaces", "name", "upstream", "repository"),
     [
         pytest.param(["docker.io"], "library/debian", "docker.io", "library/debian", id="ns"),
