@@ -21,25 +21,25 @@ from proxy.access.proofs import Access
 from proxy.admin import AdminToken, AdminTokenUnusable
 from proxy.admission import Admission
 from proxy.certificates import CertificateUnusable, ServerTLS, load
-from proxy.config import AdminListenerConfig, Config, ListenerConfig
-from proxy.configfile import ConfigError
+from proxy.config.file import ConfigError
+from proxy.config.model import AdminListenerConfig, Config, ListenerConfig
 from proxy.credentials.credential import Credential
 from proxy.credentials.helpers import CredentialHelpers
 from proxy.credentials.providers import Provider, ProviderConfigInvalid, Providers, parse_provider_config
 from proxy.credentials.secrets import PullSecrets
-from proxy.discovery import Discovery
 from proxy.edge import Edge, Route
 from proxy.explain import Explain
 from proxy.fetch import Fetcher
 from proxy.handlers import Handlers
 from proxy.image_pull_policy import PullPolicies, idle_rules
-from proxy.images import Images
-from proxy.links import Links
 from proxy.listener import Listener
 from proxy.metrics import Metrics
 from proxy.policy import Routes, Staleness
-from proxy.pull_blobs import Blobs
-from proxy.pull_manifests import Manifests
+from proxy.pull.blobs import Blobs
+from proxy.pull.discovery import Discovery
+from proxy.pull.images import Images
+from proxy.pull.links import Links
+from proxy.pull.manifests import Manifests
 from proxy.rules import Rules
 from proxy.storage.store import Store
 from proxy.threads import Threads

@@ -18,17 +18,17 @@ from proxy.access.probes import Probe
 from proxy.access.proofs import Access, Withdrawn
 from proxy.answers import Answer, Target
 from proxy.credentials.credential import Asker, Identity
-from proxy.discovery import Discovery, Named
 from proxy.errors import Denied, LoopDetected, NameUnknown, RequestTooLarge, Unauthorized, UpstreamFailing
 from proxy.image_pull_policy import PullDecision, PullPolicies, anew, never_pulled
-from proxy.images import Images
 from proxy.listings import parse_query
 from proxy.logs import printable
 from proxy.metrics import Metrics
 from proxy.names import Digest, Reference, Repository, parse_digest, parse_reference
 from proxy.policy import Routes, classify_accept, route
-from proxy.pull_blobs import Blobs
-from proxy.pull_manifests import Manifests
+from proxy.pull.blobs import Blobs
+from proxy.pull.discovery import Discovery, Named
+from proxy.pull.images import Images
+from proxy.pull.manifests import Manifests
 from proxy.ranges import Range, parse_range
 from proxy.rules import Rules
 from proxy.send import COMMON_HEADERS, DECISION_HEADER, send

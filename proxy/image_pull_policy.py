@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from proxy.config import Config, ImagePullPolicyRule, PullPolicy
+from proxy.config.model import Config, ImagePullPolicyRule, PullPolicy
 from proxy.globs import pointless
 from proxy.names import DEFAULT_TAG, Digest, Reference, Tag
 from proxy.rules import compile_glob

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from proxy.config import RuleConfig
+from proxy.config.model import RuleConfig
 
 
 @dataclass(frozen=True, slots=True)

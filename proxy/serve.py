@@ -11,8 +11,8 @@ from aiohttp import http_parser, http_writer, web
 
 from proxy import admin, app
 from proxy.certificates import ServerTLS
-from proxy.config import Config
-from proxy.values import Address
+from proxy.config.model import Config
+from proxy.config.values import Address
 
 log = logging.getLogger(__name__)
 

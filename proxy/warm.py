@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from proxy.config import BackoffConfig, PullPolicy
-from proxy.config_upstreams import UpstreamConfig
+from proxy.config.model import BackoffConfig, PullPolicy
+from proxy.config.upstreams import UpstreamConfig
 from proxy.credentials.credential import Asker, Credential, Found, Identity
 from proxy.errors import RegistryError, UpstreamBroken, UpstreamFailing, UpstreamUnavailable
-from proxy.kubernetes import PodPull
+from proxy.kubernetes.pods import PodPull
 from proxy.manifests import INDEXES, MODERN, Descriptor, Manifest, ManifestInvalid, parse_manifest
 from proxy.metrics import Metrics
 from proxy.names import Digest, ImageName, Reference, Repository, digest_of, path_form

@@ -17,8 +17,8 @@ import pytest
 from aiohttp import web
 
 from proxy import admin, app
-from proxy.config import Config
-from proxy.configfile import validate
+from proxy.config.file import validate
+from proxy.config.model import Config
 from proxy.metrics import Metrics
 from tests.fakes.client import Stream, WireResponse, fetch, open_stream
 from tests.fakes.registry import ScriptedRegistry

@@ -23,7 +23,7 @@ from proxy.access.attempts import Attempt, Attempts
 from proxy.access.caller import Caller
 from proxy.access.probes import Probe
 from proxy.access.turns import Turns
-from proxy.config_upstreams import AccessConfig, UpstreamConfig
+from proxy.config.upstreams import AccessConfig, UpstreamConfig
 from proxy.credentials.credential import ANONYMOUS, QUOTA, SECRET, Identity
 from proxy.errors import (
     BlobUnknown,

@@ -15,7 +15,7 @@ import click
 from proxy import __version__
 
 if TYPE_CHECKING:
-    from proxy.config import Config
+    from proxy.config.model import Config
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -137,7 +137,7 @@ def warm(
 def _load(file: Path | None, overrides: dict[str, object] | None = None) -> Config:
     import asyncio
 
-    from proxy.configfile import ConfigError, load, validate
+    from proxy.config.file import ConfigError, load, validate
 
     try:
         return asyncio.run(load(file, overrides)) if file else validate(overrides or {})

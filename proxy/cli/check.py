@@ -11,8 +11,8 @@ from proxy import app
 from proxy.access.htpasswd import HtpasswdInvalid
 from proxy.admin import AdminToken, AdminTokenUnusable
 from proxy.certificates import CertificateUnusable, load
-from proxy.config import Config
-from proxy.configfile import ConfigError
+from proxy.config.file import ConfigError
+from proxy.config.model import Config
 from proxy.threads import Threads
 from proxy.upstream.tls import TLSFileUnusable, context_of
 from proxy.watch import Faults

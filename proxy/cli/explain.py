@@ -17,10 +17,10 @@ from urllib.request import HTTPRedirectHandler, HTTPSHandler, ProxyHandler, Requ
 
 import click
 
-from proxy.values import Address
+from proxy.config.values import Address
 
 if TYPE_CHECKING:
-    from proxy.config import Config
+    from proxy.config.model import Config
 
 ADMIN = "127.0.0.1:5001"
 _EVERY = ("", "0.0.0.0", "::")  # noqa: S104 - told apart, not bound
@@ -74,7 +74,7 @@ def run(image: str, admin: Admin, platform: str, *, as_json: bool) -> int:
 async def _alone(config: Config | None, image: str, platform: str) -> dict[str, Any]:
     """The explanation of a pullcache that does not run; raises what refuses its start."""
     from proxy import app
-    from proxy.configfile import validate
+    from proxy.config.file import validate
 
     async with app.build(config or validate({})) as cache:
         return await cache.explain(image, platform)

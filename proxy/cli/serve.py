@@ -11,8 +11,8 @@ from proxy import logs
 from proxy.access.htpasswd import HtpasswdInvalid
 from proxy.admin import AdminTokenUnusable
 from proxy.certificates import CertificateUnusable
-from proxy.config import Config
-from proxy.configfile import ConfigError
+from proxy.config.file import ConfigError
+from proxy.config.model import Config
 from proxy.names import DOCKER_HUB
 from proxy.serve import CannotStart, serve
 from proxy.storage.catalog import CatalogTooNew

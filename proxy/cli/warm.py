@@ -13,11 +13,11 @@ import click
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from proxy.cli.explain import Admin, Unasked, ask, reachable
-from proxy.config import Config
+from proxy.config.model import Config
 from proxy.errors import RegistryError
 from proxy.image_pull_policy import derived_policy
-from proxy.kubernetes import Plan, PodImage, PodPull, plan
-from proxy.kubernetes_files import FilesUnusable, read_files
+from proxy.kubernetes.files import FilesUnusable, read_files
+from proxy.kubernetes.pods import Plan, PodImage, PodPull, plan
 from proxy.logs import printable
 from proxy.names import parse_image_name
 from proxy.platforms import Platform, parse_platform, platform_of

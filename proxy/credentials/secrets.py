@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from proxy.config import PullSecretSource
-from proxy.config_upstreams import UpstreamConfig
+from proxy.config.model import PullSecretSource
+from proxy.config.upstreams import UpstreamConfig
 from proxy.credentials.credential import Credential, Found
 from proxy.credentials.docker_config import Entry
 from proxy.credentials.helpers import CredentialHelpers

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from proxy import files
-from proxy.config import PullSecretSource
+from proxy.config.model import PullSecretSource
 from proxy.credentials.credential import Credential
 from proxy.credentials.docker_config import (
     DockerConfig,

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from yarl import URL
 
-from proxy.config import BackoffConfig
-from proxy.config_upstreams import UpstreamConfig
+from proxy.config.model import BackoffConfig
+from proxy.config.upstreams import UpstreamConfig
 from proxy.credentials.credential import ANONYMOUS, Asker, Credential, Identity, Proof
 from proxy.errors import BlobUnknown, ManifestUnknown, NameUnknown, RegistryError, UpstreamBroken
 from proxy.listings import MAX_PAGE, ListQuery

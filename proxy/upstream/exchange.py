@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 from cachetools import LRUCache, TTLCache
 from yarl import URL
 
-from proxy.config_upstreams import UpstreamConfig
+from proxy.config.upstreams import UpstreamConfig
 from proxy.credentials.credential import Asker, Credential, Found, Identity
 from proxy.errors import (
     CredentialRefused,

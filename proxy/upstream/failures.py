@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 from cachetools import LRUCache
 
 from proxy.backoff import Window, next_window
-from proxy.config import BackoffConfig
+from proxy.config.model import BackoffConfig
 from proxy.errors import (
     BlobUnknown,
     Denied,

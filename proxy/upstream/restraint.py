@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
-from proxy.config import BackoffConfig
+from proxy.config.model import BackoffConfig
 from proxy.credentials.credential import Proof
 from proxy.errors import RegistryError, SecretRefused, TooManyRequests, UpstreamFailing, UpstreamRefused
 from proxy.metrics import Metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 
-from proxy.config_upstreams import UpstreamConfig
+from proxy.config.upstreams import UpstreamConfig
 
 
 class TLSFileUnusable(OSError):

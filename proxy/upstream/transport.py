@@ -16,7 +16,7 @@ from prometheus_client import Counter
 from yarl import URL
 
 from proxy import __version__
-from proxy.config_upstreams import UpstreamConfig
+from proxy.config.upstreams import UpstreamConfig
 from proxy.errors import RegistryError, UpstreamBroken, UpstreamUnavailable
 from proxy.metrics import Metrics
 from proxy.upstream.addresses import is_allowed_literal, socket_factory

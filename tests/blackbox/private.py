@@ -18,8 +18,8 @@ from urllib.parse import parse_qs
 from aiohttp import web
 
 from proxy import admin, app
-from proxy.config import Config
-from proxy.configfile import validate
+from proxy.config.file import validate
+from proxy.config.model import Config
 from tests.conftest import UPSTREAM, Pairs, RunningCache, running, settings, upstream
 from tests.fakes.answers import Step, as_json, oci_error, perform, unauthorized
 from tests.fakes.client import Wire, WireResponse, fetch, finish, read_head

@@ -12,7 +12,7 @@ from typing import Any
 import bcrypt
 import pytest
 
-from proxy.configfile import ConfigError, validate
+from proxy.config.file import ConfigError, validate
 from tests.blackbox.private import (
     ALICE,
     APP,

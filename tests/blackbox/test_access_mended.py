@@ -13,7 +13,7 @@ from pathlib import Path
 import bcrypt
 import pytest
 
-from proxy.configfile import validate
+from proxy.config.file import validate
 from proxy.credentials.credential import Credential
 from tests.blackbox.private import (
     ALICE,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from proxy.configfile import validate
+from proxy.config.file import validate
 from proxy.manifests import OCI_INDEX, OCI_MANIFEST
 from tests.blackbox.oracle import manifest_path
 from tests.blackbox.private import ALICE, APP, WRONG, Clock, PrivateRegistry, Served, Stock, deployed, with_access

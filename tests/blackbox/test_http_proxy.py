@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from proxy.configfile import ConfigError, load, validate
+from proxy.config.file import ConfigError, load, validate
 from tests.blackbox.oracle import LARGE, blob_of, blob_path, error_of, manifest_path, pulls_well
 from tests.conftest import UPSTREAM, RunningCache, StartCache, running, settings
 from tests.fakes import answers

@@ -15,7 +15,7 @@ import bcrypt
 import pytest
 import trustme
 
-from proxy.configfile import validate
+from proxy.config.file import validate
 from tests.blackbox.helpers import message
 from tests.blackbox.private import (
     ALICE,

@@ -19,7 +19,7 @@ import pytest
 from yarl import URL
 
 from proxy import send as sending
-from proxy.configfile import validate
+from proxy.config.file import validate
 from proxy.errors import UpstreamUnavailable
 from proxy.metrics import Metrics
 from proxy.names import Repository

@@ -14,7 +14,7 @@ import pytest
 
 from proxy import fetch as fetching
 from proxy import send as sending
-from proxy.configfile import validate
+from proxy.config.file import validate
 from proxy.listener import Connection
 from tests.blackbox.oracle import LARGE, blob_of, blob_path, manifest_path, pulls_well, vouched_wrongly
 from tests.conftest import RunningCache, StartCache, running, settings, upstream

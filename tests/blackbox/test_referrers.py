@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from proxy.configfile import validate
+from proxy.config.file import validate
 from tests.blackbox.addressing import DEFAULT, NS, PREFIX, Client, Style, digests_of, index_of
 from tests.blackbox.oracle import error_of, forget_peak, peak_memory
 from tests.blackbox.test_credentials_stay import CANARY, SECRETS

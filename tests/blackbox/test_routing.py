@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from proxy.configfile import ConfigError, validate
+from proxy.config.file import ConfigError, validate
 from tests.conftest import RunningCache, StartCache, running, settings, upstream
 from tests.fakes.client import fetch, raw_exchange
 from tests.fakes.recorder import Sink

@@ -24,7 +24,7 @@ import yaml
 from aiohttp import web
 
 from proxy import app
-from proxy.configfile import validate
+from proxy.config.file import validate
 from tests.blackbox.private import ALICE, ANNE, APP, BOB, LIB, Account, PrivateRegistry, deployed, fill, until, with_access
 from tests.conftest import UPSTREAM, RunningCache, StartCache, settings, upstream
 from tests.fakes.answers import compose, gate, status

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import serialization
 
 from proxy import __version__
 from proxy.cli import main
-from proxy.config import Config
+from proxy.config.model import Config
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = """

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from proxy.config import Config
-from proxy.config_faults import keys, sections
-from proxy.config_upstreams import PUBLIC_REGISTRIES
-from proxy.configfile import ConfigError, load, validate
-from proxy.values import Address, parse_duration, parse_quantity, write_duration
+from proxy.config.faults import keys, sections
+from proxy.config.file import ConfigError, load, validate
+from proxy.config.model import Config
+from proxy.config.upstreams import PUBLIC_REGISTRIES
+from proxy.config.values import Address, parse_duration, parse_quantity, write_duration
 
 
 def faults_of(raw: object) -> list[str]:

@@ -14,9 +14,9 @@ import yaml
 from pydantic import BaseModel
 
 from proxy import __version__
-from proxy.config import Config
-from proxy.config_faults import keys
-from proxy.configfile import load
+from proxy.config.faults import keys
+from proxy.config.file import load
+from proxy.config.model import Config
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "config.example.yaml"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from proxy.config import BackoffConfig
+from proxy.config.model import BackoffConfig
 from proxy.errors import (
     BlobUnknown,
     CacheFailing,

@@ -194,7 +194,7 @@ def test_a_name_that_is_none_is_said() -> None:
 
 def test_by_default_it_asks_where_the_image_has_its_admin_address() -> None:
     """127.0.0.1:5001, which ``serve`` has as its default, too."""
-    from proxy.configfile import validate
+    from proxy.config.file import validate
 
     result = CliRunner().invoke(main, ["health", "--help"])
     assert f"[default: {validate({}).admin}]" in result.stdout
@@ -206,4 +206,4 @@ def test_it_is_quick_because_it_imports_little() -> None:
     assert result.returncode == 1
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
     assert "proxy.cli.health" in imported
-    assert not imported & {"aiohttp", "asyncio", "pydantic", "yaml", "ssl", "proxy.config", "proxy.serve"}
+    assert not imported & {"aiohttp", "asyncio", "pydantic", "yaml", "ssl", "proxy.config.model", "proxy.serve"}

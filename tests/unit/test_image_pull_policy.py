@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from proxy.config import PullPolicy
-from proxy.configfile import ConfigError, validate
+from proxy.config.file import ConfigError, validate
+from proxy.config.model import PullPolicy
 from proxy.image_pull_policy import PullDecision, PullPolicies, derived_policy, idle_rules
 from proxy.names import Reference, Tag, parse_digest, parse_image_name
 

@@ -13,8 +13,8 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxy.documents import DocumentsInvalid, parse_documents
-from proxy.kubernetes import Plan, plan, read_objects
+from proxy.kubernetes.documents import DocumentsInvalid, parse_documents
+from proxy.kubernetes.pods import Plan, plan, read_objects
 
 CANARY = "c4n4ry-password"
 DIGEST = "sha256:" + "a" * 64

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.documents import Document, DocumentsInvalid
-from proxy.kubernetes import Plan, plan
-from proxy.kubernetes_files import FilesUnusable, read_files
-from proxy.kustomize import ImageChange, parse_kustomization, split
+from proxy.kubernetes.documents import Document, DocumentsInvalid
+from proxy.kubernetes.files import FilesUnusable, read_files
+from proxy.kubernetes.kustomize import ImageChange, parse_kustomization, split
+from proxy.kubernetes.pods import Plan, plan
 
 DIGEST = "sha256:" + "b" * 64
 PAGE_POD = """\

@@ -1,7 +1,7 @@
 """The layers of ``proxy/``, read from its source: who may import whom, and what the pure modules do without.
 
-A module imports only from rows below its own. Members of one package (``cli/``, ``access/``, ``upstream/``, ``storage/``,
-``credentials/``) may import each other as long as no circle comes of it; modules that merely stand in one row may not.
+A module imports only from rows below its own. Members of one package (``cli/``, ``pull/``, ``access/``, ...) may import each
+other as long as no circle comes of it; modules that merely stand in one row may not.
 """
 
 from __future__ import annotations
@@ -25,22 +25,17 @@ ROWS = (
     {"edge"},  # edge stands above handlers: it calls them, and takes DECISION and Handler from there
     {"handlers"},
     {"send"},
-    {"explain", "pull_manifests", "pull_blobs", "discovery", "warm"},
-    {"images", "links"},
-    {"kubernetes_files"},
-    {"kustomize"},
-    {"kubernetes"},
+    {"explain", "pull/*", "warm"},
+    {"kubernetes/*"},
     {"answers", "access/*"},
     {"fetch", "held"},
     {"spool", "admission"},
     {"policy", "image_pull_policy", "upstream/*", "storage/*"},
     {"backoff"},
     {"credentials/*"},  # storage and upstream know whose a link or a request is, and nothing of who may read
-    {"listings", "configfile", "rules", "documents", "platforms"},
-    {"config_faults"},
-    {"config", "manifests", "watch"},
-    {"config_upstreams"},
-    {"values", "globs"},
+    {"listings", "rules", "platforms"},
+    {"config/*", "manifests", "watch"},
+    {"globs"},
     {"names", "ranges", "once", "threads", "certificates", "files", "unique"},
     {"errors", "logs", "metrics"},
     {"__init__"},
@@ -52,8 +47,8 @@ FOREIGN = {
     "sqlite3": {"storage/*"},
     "click": {"cli/*"},
     "tqdm": {"cli/warm"},
-    "yaml": {"configfile", "documents", "credentials/docker_config", "credentials/providers"},
-    "pydantic": {"config", "config_faults", "config_upstreams", "configfile", "values"},
+    "yaml": {"config/file", "kubernetes/documents", "credentials/docker_config", "credentials/providers"},
+    "pydantic": {"config/*"},
     "prometheus_client": {"metrics", "upstream/*"},
     "ssl": {"upstream/*", "certificates", "cli/explain"},
     "bcrypt": {"access/htpasswd"},
@@ -72,9 +67,9 @@ PURE = (
     "backoff",
     "rules",
     "image_pull_policy",
-    "documents",
-    "kubernetes",
-    "kustomize",
+    "kubernetes/documents",
+    "kubernetes/pods",
+    "kubernetes/kustomize",
     "admission",
     "errors",
     "upstream/challenge",

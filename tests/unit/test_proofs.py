@@ -15,7 +15,7 @@ from proxy.access.attempts import Attempts
 from proxy.access.caller import Caller
 from proxy.access.probes import Probe
 from proxy.access.proofs import Access, Withdrawn, mode_of
-from proxy.config_upstreams import UpstreamConfig
+from proxy.config.upstreams import UpstreamConfig
 from proxy.credentials.credential import ANONYMOUS, QUOTA, SECRET, Asker, Credential, Identity, Proof
 from proxy.errors import (
     BlobUnknown,

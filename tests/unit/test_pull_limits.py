@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from proxy.answers import Target
-from proxy.configfile import ConfigError, load, validate
+from proxy.config.file import ConfigError, load, validate
 from proxy.credentials.credential import ANONYMOUS, Asker
 from proxy.image_pull_policy import PullDecision
-from proxy.images import Images
 from proxy.manifests import parse_manifest
 from proxy.metrics import Metrics
 from proxy.names import Digest, Repository, digest_of
+from proxy.pull.images import Images
 from proxy.storage.base import Origin
 from proxy.storage.store import Store
 

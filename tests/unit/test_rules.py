@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.config import RuleConfig
+from proxy.config.model import RuleConfig
 from proxy.rules import Rules, Verdict, compile_glob, may_read
 
 DEBIAN = "docker.io/library/debian"

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from proxy.config import PullSecretSource
-from proxy.config_upstreams import UpstreamConfig
-from proxy.configfile import validate
+from proxy.config.file import validate
+from proxy.config.model import PullSecretSource
+from proxy.config.upstreams import UpstreamConfig
 from proxy.credentials.credential import Credential
 from proxy.credentials.helpers import CredentialHelpers
 from proxy.credentials.providers import Provider, Providers

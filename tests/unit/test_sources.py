@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proxy.config import PullSecretSource
+from proxy.config.model import PullSecretSource
 from proxy.credentials.credential import Credential
 from proxy.credentials.docker_config import Entry
 from proxy.credentials.sources import Reading, read

@@ -1,7 +1,7 @@
 """The configuration: one frozen model of everything that an operator decides.
 
 camelCase keys; where Kubernetes has a name for a thing, that name. Sizes are Kubernetes quantities, times are durations.
-What is wrong of one key is found here; how the file is read, and what is wrong between keys, in ``configfile``.
+What is wrong of one key is found here; how the file is read, and what is wrong between keys, in ``file``.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from proxy.config_upstreams import PUBLIC_REGISTRIES, UpstreamConfig
-from proxy.logs import LogFormat, LogLevel
-from proxy.names import DOCKER_HUB, canonical_host
-from proxy.values import (
+from proxy.config.upstreams import PUBLIC_REGISTRIES, UpstreamConfig
+from proxy.config.values import (
     Address,
     Count,
     Duration,
@@ -29,6 +27,8 @@ from proxy.values import (
     Section,
     write_duration,
 )
+from proxy.logs import LogFormat, LogLevel
+from proxy.names import DOCKER_HUB, canonical_host
 
 
 def _default_directory() -> Path:

@@ -9,8 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from proxy.names import DOCKER_HUB, canonical_host, path_form
-from proxy.values import (
+from proxy.config.values import (
     Count,
     Duration,
     Endpoint,
@@ -27,6 +26,7 @@ from proxy.values import (
     UpstreamName,
     host_of,
 )
+from proxy.names import DOCKER_HUB, canonical_host, path_form
 
 
 class Timeouts(Section):

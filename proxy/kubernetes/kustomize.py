@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from proxy.documents import Document, DocumentsInvalid
-from proxy.kubernetes import Objects, Place, Pod, Use
+from proxy.kubernetes.documents import Document, DocumentsInvalid
+from proxy.kubernetes.pods import Objects, Place, Pod, Use
 from proxy.logs import printable
 
 FILE_NAMES = ("kustomization.yaml", "kustomization.yml", "Kustomization")

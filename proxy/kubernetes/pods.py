@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from proxy.config import PullPolicy
+from proxy.config.model import PullPolicy
 from proxy.credentials.credential import Credential
 from proxy.credentials.docker_config import Entry, SecretInvalid, parse_secret
 from proxy.credentials.keyring import Keyring
-from proxy.documents import Document
 from proxy.errors import RegistryError
 from proxy.image_pull_policy import derived_policy
+from proxy.kubernetes.documents import Document
 from proxy.logs import printable
 from proxy.names import ImageName, parse_image_name
 

@@ -17,12 +17,12 @@ import aiofiles
 import yaml
 from pydantic import ValidationError
 
-from proxy.config import Config
-from proxy.config_faults import explained, keys
-from proxy.config_upstreams import PUBLIC_REGISTRIES, AccessConfig
+from proxy.config.faults import explained, keys
+from proxy.config.model import Config
+from proxy.config.upstreams import PUBLIC_REGISTRIES, AccessConfig
+from proxy.config.values import Address, parse_address, parse_count
 from proxy.globs import pointless
 from proxy.names import DOCKER_HUB, DOCKER_HUB_ALIASES, canonical_host, path_form
-from proxy.values import Address, parse_address, parse_count
 
 
 class ConfigError(Exception):

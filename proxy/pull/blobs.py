@@ -8,9 +8,9 @@ from proxy.admission import WaitedTooLong
 from proxy.answers import Answer, Target
 from proxy.errors import BlobUnknown, Denied, RegistryError
 from proxy.fetch import VERIFIED_FIRST, Fetcher, Mismatch, Stream
-from proxy.images import Images
-from proxy.links import Links
 from proxy.names import Digest
+from proxy.pull.images import Images
+from proxy.pull.links import Links
 from proxy.storage.store import Store
 
 BLOB_TYPE = "application/octet-stream"

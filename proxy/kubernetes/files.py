@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from proxy import files
-from proxy.documents import MAX_BYTES, DocumentsInvalid, parse_documents
-from proxy.kubernetes import Objects, read_objects
-from proxy.kustomize import FILE_NAMES, apply, parse_kustomization
+from proxy.kubernetes.documents import MAX_BYTES, DocumentsInvalid, parse_documents
+from proxy.kubernetes.kustomize import FILE_NAMES, apply, parse_kustomization
+from proxy.kubernetes.pods import Objects, read_objects
 from proxy.logs import printable
 
 STDIN = "-"

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from proxy.config import Config
+from proxy.config.model import Config
 
 Fields = dict[str, FieldInfo]
 """The keys of a section, as they are written."""

@@ -17,12 +17,12 @@ from cachetools import LRUCache
 from proxy.answers import Answer, Target
 from proxy.credentials.credential import Identity
 from proxy.errors import ManifestGone, ManifestUnknown, UpstreamBroken, UpstreamFailing
-from proxy.links import Links
 from proxy.manifests import Manifest, ManifestInvalid, parse_manifest
 from proxy.metrics import Metrics
 from proxy.names import Digest, Reference, Repository, Tag, digest_of
 from proxy.once import Once
 from proxy.policy import Accept, Decision, Staleness, stale_warning
+from proxy.pull.links import Links
 from proxy.storage.base import InlineContent
 from proxy.storage.catalog import Tagged
 from proxy.storage.store import Store

@@ -1,0 +1,1 @@
+"""What an operator decides: the keys, their values, the file, and what is told where something is wrong."""

@@ -1,0 +1,1 @@
+"""Pulls: manifests, blobs and lists, from what is held or from their upstreams."""
