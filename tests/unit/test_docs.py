@@ -7,6 +7,7 @@ import asyncio
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import dedent
 from typing import get_origin
 
 import pytest
@@ -15,7 +16,7 @@ from pydantic import BaseModel
 
 from proxy import __version__
 from proxy.config.faults import keys
-from proxy.config.file import load
+from proxy.config.file import load, validate
 from proxy.config.model import Config
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +102,16 @@ def test_each_key_of_the_example_loads(tmp_path: Path) -> None:
     for left_out in (r"client(Cert|Key)File", r"repositories"):
         file.write_text(re.sub(rf"(?m)^ {{4,6}}{left_out}:.*\n", "", text))
         asyncio.run(load(file))
+
+
+EXAMPLES = re.findall(r"(?m)^    listen: .*\n(?:(?:    .*)?\n)*", read("docs/credentials.md"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_each_example_to_copy_is_a_good_configuration(example: str) -> None:
+    """But for the files that it names."""
+    assert len(EXAMPLES) >= 8
+    validate(yaml.safe_load(dedent(example)))
 
 
 def rows() -> list[tuple[str, str]]:
