@@ -30,8 +30,9 @@ from proxy.credentials.secrets import PullSecrets
 from proxy.edge import Edge, Route
 from proxy.explain import Explain
 from proxy.fetch import Fetcher
+from proxy.globs import idle_rules
 from proxy.handlers import Handlers
-from proxy.image_pull_policy import PullPolicies, idle_rules
+from proxy.image_pull_policy import PullPolicies
 from proxy.listener import Listener
 from proxy.metrics import Metrics
 from proxy.policy import Routes, Staleness
@@ -207,7 +208,7 @@ def check_access(config: Config, pull_secrets: PullSecrets) -> None:
 
 def warnings_of(config: Config, pull_secrets: PullSecrets) -> list[str]:
     """A line for each thing that may be meant, and hardly is."""
-    return idle_rules(config) + [
+    return idle_rules_of(config) + [
         f"upstreams[{number}].access: shared, and no pull secret is for {upstream.name}: what is private there is refused; "
         "do the keys in the secret name that registry?"
         for number, upstream in enumerate(config.upstreams)
@@ -216,6 +217,15 @@ def warnings_of(config: Config, pull_secrets: PullSecrets) -> list[str]:
         and upstream.client_cert_file is None
         and not pull_secrets.concerns(upstream)
     ]
+
+
+def idle_rules_of(config: Config) -> list[str]:
+    """A line for each rule that decides nothing."""
+    names = [upstream.name for upstream in config.upstreams]
+    policies = [rule.match for rule in config.image_pull_policy.rules]
+    rules, passing = [rule.match for rule in config.rules], {at for at, rule in enumerate(config.rules) if rule.dry_run}
+    idle = idle_rules("imagePullPolicy.rules", policies, names, is_tagged=True)
+    return idle + idle_rules("rules", rules, names, passing=passing)
 
 
 def read_htpasswd(path: Path) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from proxy.names import DOCKER_HUB
@@ -43,6 +43,27 @@ def pointless(glob: str, registries: Sequence[str], *, is_tagged: bool = False) 
         f"'{glob}' matches nothing of {', '.join(registries)}; it is about registry/repository{':tag' if is_tagged else ''}"
         f": write for example {next(each for each in better if _can_match(each, forms))}"
     )
+
+
+def idle_rules(
+    key: str, globs: Sequence[str], registries: Sequence[str], *, is_tagged: bool = False, passing: Collection[int] = ()
+) -> list[str]:
+    """A line for each rule that decides nothing: no image of these registries is like it, or one before it takes all. The
+    first that matches decides; ``passing``: the numbers of those that never do.
+
+    They do no harm, and one configuration may be for several caches: so it is a warning, no fault.
+    """
+    told = []
+    for number, glob in enumerate(globs):
+        before = (place for place, other in enumerate(globs[:number]) if other in ("*", glob) and place not in passing)
+        if nothing := pointless(glob, registries, is_tagged=is_tagged):
+            told.append(f"{key}[{number}].match: {nothing}")
+        elif (first := next(before, None)) is not None:
+            told.append(
+                f"{key}[{number}].match: '{glob}' is never reached: {key}[{first}] ('{globs[first]}') before it matches all "
+                "that it does, and the first decides; move it before that one, or remove one of them"
+            )
+    return told
 
 
 def _forms(registry: str, *, is_tagged: bool) -> Iterable[list[_Part]]:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from proxy.config.model import Config, ImagePullPolicyRule, PullPolicy
-from proxy.globs import pointless
 from proxy.names import DEFAULT_TAG, Digest, Reference, Tag
 from proxy.rules import compile_glob
 
@@ -76,27 +75,6 @@ class PullPolicies:
         return PullDecision(
             policy, "the default of 'latest'" if policy == "Always" else "the default of a tag that is not 'latest'"
         )
-
-
-def idle_rules(config: Config) -> list[str]:
-    """A line for each rule that decides nothing: no image of these upstreams is like it, or one before it takes all.
-
-    They do no harm, and one configuration may be for several caches: so it is a warning, no fault.
-    """
-    names = [upstream.name for upstream in config.upstreams]
-    rules = config.image_pull_policy.rules
-    told = []
-    for number, rule in enumerate(rules):
-        key = f"imagePullPolicy.rules[{number}].match"
-        first = next((place for place, other in enumerate(rules[:number]) if other.match in ("*", rule.match)), None)
-        if nothing := pointless(rule.match, names, is_tagged=True):
-            told.append(f"{key}: {nothing}")
-        elif first is not None:
-            told.append(
-                f"{key}: '{rule.match}' is never reached: rules[{first}] ('{rules[first].match}') before it matches all "
-                "that it does, and the first decides; move it before that one, or remove one of them"
-            )
-    return told
 
 
 def anew(decision: PullDecision, cache_control: Sequence[str]) -> PullDecision:

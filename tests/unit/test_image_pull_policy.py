@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from proxy.app import idle_rules_of
 from proxy.config.file import ConfigError, validate
 from proxy.config.model import PullPolicy
-from proxy.image_pull_policy import PullDecision, PullPolicies, derived_policy, idle_rules
+from proxy.image_pull_policy import PullDecision, PullPolicies, derived_policy
 from proxy.names import Reference, Tag, parse_digest, parse_image_name
 
 DIGEST = parse_digest("sha256:" + "a" * 64)
@@ -156,12 +157,15 @@ def test_an_age_of_what_is_never_served_stale_is_refused_with_every_other_fault(
             ["quay.io/*", "ghcr.io/*"],
             {0: "'quay.io/*' matches nothing of docker.io, ghcr.io; it is about registry/repository:tag"},
         ),
-        (["ghcr.io/*", "*:dev", "ghcr.io/*"], {2: "'ghcr.io/*' is never reached: rules[0] ('ghcr.io/*') before it"}),
+        (
+            ["ghcr.io/*", "*:dev", "ghcr.io/*"],
+            {2: "'ghcr.io/*' is never reached: imagePullPolicy.rules[0] ('ghcr.io/*') before it"},
+        ),
         (
             ["*", "ghcr.io/*", "*"],
             {
-                1: "'ghcr.io/*' is never reached: rules[0] ('*') before it",
-                2: "'*' is never reached: rules[0] ('*') before it",
+                1: "'ghcr.io/*' is never reached: imagePullPolicy.rules[0] ('*') before it",
+                2: "'*' is never reached: imagePullPolicy.rules[0] ('*') before it",
             },
         ),
         (["*", "quay.io/*"], {1: "'quay.io/*' matches nothing of"}),
@@ -170,8 +174,22 @@ def test_an_age_of_what_is_never_served_stale_is_refused_with_every_other_fault(
 def test_a_rule_that_decides_nothing_is_told(matches: list[str], told: dict[int, str]) -> None:
     """No image is like it, or one before it takes all that it would."""
     upstreams = {"upstreams": [{"name": "docker.io"}, {"name": "ghcr.io"}]}
-    lines = idle_rules(validate(rules(*((match, "Never") for match in matches)) | upstreams))
+    lines = idle_rules_of(validate(rules(*((match, "Never") for match in matches)) | upstreams))
     assert len(lines) == len(told)
     for line, (number, part) in zip(lines, told.items(), strict=True):
         assert line.startswith(f"imagePullPolicy.rules[{number}].match: ")
         assert part in line
+
+
+def test_a_rule_on_what_may_be_pulled_that_decides_nothing_is_told_too() -> None:
+    """A denial that is never reached denies nothing. One on ``dryRun`` never decides, so it stands before no other."""
+    listed = [
+        {"name": "trial", "match": "*", "action": "deny", "dryRun": True},
+        {"name": "all", "match": "*", "action": "allow"},
+        {"name": "none of these", "match": "ghcr.io/bad/*", "action": "deny"},
+        {"name": "with a tag", "match": "ghcr.io/bad/app:1", "action": "deny"},
+    ]
+    lines = idle_rules_of(validate({"rules": listed, "upstreams": [{"name": "ghcr.io"}]}))
+    assert [line.partition(": ")[0] for line in lines] == ["rules[2].match", "rules[3].match"]
+    assert "'ghcr.io/bad/*' is never reached: rules[1] ('*') before it" in lines[0]
+    assert "'ghcr.io/bad/app:1' matches nothing of ghcr.io; it is about registry/repository: write" in lines[1]
