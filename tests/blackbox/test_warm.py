@@ -60,6 +60,7 @@ async def start(*arguments: str, stdin: str = "", cwd: Path = ROOT) -> asyncio.s
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what runs behind it
     )
     assert process.stdin is not None
     process.stdin.write(stdin.encode())

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from .ports import free_port
 from .waiting import PATIENCE, Signal
 
 MAX_FIRST_BYTES = 4096
@@ -17,7 +18,7 @@ MAX_CONTACTS = 1024
 
 
 def listen(host: str, port: int = 0, backlog: int = 512) -> socket.socket:
-    """A non-blocking listening socket on a literal IPv4 or IPv6 address.
+    """A non-blocking listening socket on a literal IPv4 or IPv6 address; without a port, on one of this process's own.
 
     It names its protocol, since asyncio sets TCP_NODELAY on connections of such sockets only: without it every answer in
     two pieces waits 40 ms for the other side's acknowledgement.
@@ -27,7 +28,7 @@ def listen(host: str, port: int = 0, backlog: int = 512) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setblocking(False)
-        listener.bind((host, port))
+        listener.bind((host, port or free_port(host)))
         listener.listen(backlog)
     except BaseException:
         listener.close()

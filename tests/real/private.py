@@ -32,11 +32,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.x509.oid import NameOID
 
+from tests.fakes.ports import free_port
 from tests.fakes.tokens import basic
 
 from .image import INDEX_TYPE, MANIFEST_TYPE
 from .line import Line
-from .services import DockerRegistry, free_port, status_of
+from .services import DockerRegistry, status_of
 
 Guard = Literal["htpasswd", "token"]
 GUARDS: tuple[Guard, ...] = ("htpasswd", "token")

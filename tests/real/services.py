@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,12 +28,13 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from tests.fakes.ports import free_port
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_SECONDS = 20.0
 STOP_SECONDS = 20.0
 COMMAND_SECONDS = 180.0
 
-_given_ports: set[int] = set()
 _SYSTEM_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
 
 
@@ -55,17 +55,6 @@ def missing(*programs: str, root: bool = False) -> str | None:
     if root and os.geteuid() != 0:
         return "needs root"
     return None
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody uses, never given twice."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port not in _given_ports:
-            _given_ports.add(port)
-            return port
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:

@@ -16,13 +16,15 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from tests.fakes.ports import free_port
+
 from . import cri
 from . import image as real_image
 from .cri import Cri, CriError
 from .image import CONFIG_TYPE, INDEX_TYPE, MANIFEST_TYPE, TAR_TYPE, RealImage
 from .line import Line
 from .pulls import NAME, TAG, UPSTREAM, assert_content, assert_held, cold_requests, reference, warm_requests
-from .services import PLACE, Containerd, DockerRegistry, Pullcache, free_port, missing, pullcache_config, wait_until
+from .services import PLACE, Containerd, DockerRegistry, Pullcache, missing, pullcache_config, wait_until
 
 _no_ctr = missing("docker-registry", "skopeo", "containerd", "ctr", root=True)
 _no_cri = _no_ctr or cri.missing()

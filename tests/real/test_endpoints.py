@@ -18,10 +18,12 @@ from typing import Any, Self
 
 import pytest
 
+from tests.fakes.ports import free_port
+
 from .image import RealImage
 from .line import Line
 from .pulls import UPSTREAM, assert_layout, once, reference
-from .services import DockerRegistry, Pullcache, free_port, missing, pullcache_config, skopeo_pull, status_of, wait_until
+from .services import DockerRegistry, Pullcache, missing, pullcache_config, skopeo_pull, status_of, wait_until
 
 _no_skopeo = missing("docker-registry", "skopeo")
 needs_skopeo = pytest.mark.skipif(_no_skopeo is not None, reason=str(_no_skopeo))

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from proxy.cli import main
 from proxy.cli.health import run
 from tests.conftest import RunningCache
+from tests.fakes.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n"
@@ -60,7 +61,7 @@ def server(answer: Callable[[socket.socket], None], host: str = "127.0.0.1") -> 
 
 def test_a_running_cache_is_healthy(tmp_path: Path) -> None:
     """The real thing, as a process of its own, by a process of its own; and not any more when it has stopped."""
-    admin_port, port = free_ports(2)
+    admin_port, port = free_port(), free_port()
     admin = f"127.0.0.1:{admin_port}"
     command = [sys.executable, "-m", "proxy", "serve", "--admin", admin, "--listen", f"127.0.0.1:{port}"]
     with subprocess.Popen(
@@ -83,14 +84,6 @@ def health(*arguments: str, options: tuple[str, ...] = ()) -> subprocess.Complet
     # A proxy of the environment is not for this question.
     environment = os.environ | {"http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def has_ipv6() -> bool:
