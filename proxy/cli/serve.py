@@ -15,7 +15,7 @@ from proxy.config.file import ConfigError
 from proxy.config.model import Config
 from proxy.names import DOCKER_HUB
 from proxy.serve import CannotStart, serve
-from proxy.storage.catalog import CatalogTooNew
+from proxy.storage.database import CatalogTooNew
 from proxy.storage.layout import DirectoryUnusable
 
 log = logging.getLogger(__name__)

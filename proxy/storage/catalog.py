@@ -1,20 +1,16 @@
 """What is known of the content: sizes, media types, who may be served what, and where tags pointed last.
 
-An sqlite database that is an index only: all of it can be found again from the files, so losing it loses no content.
-Reads are inline (microseconds, the pages are in memory); writes go through one thread that commits in groups.
+An index only: all of it can be found again from the files, so losing it loses no content.
 """
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cachetools import FIFOCache
 
@@ -22,43 +18,9 @@ from proxy.credentials.credential import Proof
 from proxy.manifests import Manifest, is_same_for
 from proxy.names import Digest, Repository, Tag, parse_digest
 from proxy.storage.base import Origin
+from proxy.storage.database import Database
 
-_SCHEMA_1 = """
-CREATE TABLE blobs (
-  digest TEXT PRIMARY KEY, size INTEGER NOT NULL, media_type TEXT  -- media_type: of manifests, NULL for all else
-) WITHOUT ROWID;
-CREATE TABLE children (
-  parent TEXT NOT NULL, digest TEXT NOT NULL, size INTEGER NOT NULL, PRIMARY KEY (parent, digest)
-) WITHOUT ROWID;
-CREATE INDEX children_by_digest ON children (digest);
-CREATE TABLE links (
-  digest TEXT NOT NULL, upstream TEXT NOT NULL, repository TEXT NOT NULL, PRIMARY KEY (digest, upstream, repository)
-) WITHOUT ROWID;
-CREATE TABLE tags (
-  upstream TEXT NOT NULL, repository TEXT NOT NULL, tag TEXT NOT NULL, accept TEXT NOT NULL,
-  digest TEXT NOT NULL, checked REAL NOT NULL, UNIQUE (upstream, repository, tag, accept, digest)
-);
--- A tag may have two rows: where it points, and, until that manifest is held, where it pointed last that is held. Their
--- order is that of their row numbers: clocks go back.
-"""
-_SCHEMA_2 = """
-CREATE TABLE referrers (
-  upstream TEXT NOT NULL, repository TEXT NOT NULL, subject TEXT NOT NULL, body BLOB NOT NULL, checked REAL NOT NULL,
-  PRIMARY KEY (upstream, repository, subject)
-);
-"""
-_SCHEMA_3 = """
-ALTER TABLE links ADD COLUMN proof TEXT NOT NULL DEFAULT 'anonymous';  -- whoever asked until now was
-CREATE INDEX links_by_repository ON links (upstream, repository, proof);
-ALTER TABLE referrers ADD COLUMN proof TEXT NOT NULL DEFAULT 'anonymous';
-"""
-_STEPS = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3)
-SCHEMA_VERSION = len(_STEPS)
 _MAX_LISTS = 4096
-
-
-class CatalogTooNew(Exception):
-    """The database was written by a later version, which this one must not touch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,53 +39,26 @@ class Listed:
     checked: float
 
 
-Write = Callable[[sqlite3.Connection], object]
-
-
 class Catalog:
     """The database of one cache directory."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._reader = self._connect()
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._reader = database.read
+        self._write = database.write
         self.withdrawals = 0
         """How many there were since it was opened."""
         self._withdrawn: FIFOCache[tuple[str, Repository, Proof], int] = FIFOCache(65536)
         self._withdrawing = threading.Lock()
-        self._queue: queue.SimpleQueue[tuple[Write, Future[Any]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="catalog", daemon=True)
 
     @classmethod
     def open(cls, path: Path) -> Catalog:
         """Opens, or makes, the database at ``path``; raises ``sqlite3.DatabaseError`` or ``CatalogTooNew``."""
-        catalog = cls(path)
-        try:
-            connection = catalog._reader
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
-                raise CatalogTooNew(
-                    f"{path} was written by a later version of pullcache (schema {version}; this knows {SCHEMA_VERSION}); "
-                    "use that version, or another directory"
-                )
-            connection.execute("PRAGMA journal_mode = WAL")
-            for number, step in enumerate(_STEPS[version:], start=version + 1):
-                connection.executescript(f"BEGIN; {step} PRAGMA user_version = {number}; COMMIT;")
-            found = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
-            if not found >= {"blobs", "children", "links", "tags", "referrers"}:
-                raise sqlite3.DatabaseError("a table is missing")
-            if (verdict := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-                raise sqlite3.DatabaseError(verdict)
-        except BaseException:
-            catalog._reader.close()
-            raise
-        catalog._thread.start()
-        return catalog
+        return cls(Database.open(path))
 
     def close(self) -> None:
         """Commits what is queued, and closes."""
-        self._queue.put(None)
-        self._thread.join()
-        self._reader.close()
+        self._database.close()
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -267,11 +202,11 @@ class Catalog:
                     [(str(digest), str(child.digest), child.size) for child in manifest.children],
                 )
 
-        return self._submit(write)
+        return self._write(write)
 
     def remove(self, digest: Digest) -> Future[None]:
         """Content is held no more. What named it, and what it named, stays proved."""
-        return self._submit(lambda connection: connection.execute("DELETE FROM blobs WHERE digest = ?", (str(digest),)))
+        return self._write(lambda connection: connection.execute("DELETE FROM blobs WHERE digest = ?", (str(digest),)))
 
     def link(self, origin: Origin, digest: Digest) -> Future[None]:
         """It was proved that ``digest`` is in that repository. What anybody may have needs no other proof; what a secret of
@@ -285,7 +220,7 @@ class Catalog:
                     (str(digest), origin.upstream, origin.repository, origin.proof),
                 )
 
-        return self._submit(write)
+        return self._write(write)
 
     def withdraw(self, upstream: str, repository: Repository, proof: Proof) -> Future[list[Digest]]:
         """What was given from that repository by that proof is not given any more, nor what a right of before is still to
@@ -302,7 +237,7 @@ class Catalog:
                 connection.execute(f"DELETE FROM {table} {matches}", row)  # noqa: S608 - our own words
             return [parse_digest(digest) for (digest,) in linked]
 
-        return self._submit(write)
+        return self._write(write)
 
     def share(self, digests: Collection[Digest]) -> Future[None]:
         """Of content whose links are lost: what only public manifests name was public, and is so again."""
@@ -317,7 +252,7 @@ class Catalog:
                 [(str(digest),) for digest in digests],
             )
 
-        return self._submit(write)
+        return self._write(write)
 
     def set_tag(
         self, upstream: str, repository: Repository, tag: Tag, accept: str, digest: Digest, checked: float
@@ -334,12 +269,12 @@ class Catalog:
                 row[:5],
             )
 
-        return self._submit(write)
+        return self._write(write)
 
     def forget_tag(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> Future[None]:
         """The upstream says that the tag is gone, for clients of that class of ``Accept``."""
         row = (upstream, repository, tag, accept)
-        return self._submit(
+        return self._write(
             lambda connection: connection.execute(
                 "DELETE FROM tags WHERE upstream = ? AND repository = ? AND tag = ? AND accept = ?", row
             )
@@ -359,43 +294,4 @@ class Catalog:
                 (_MAX_LISTS,),
             )
 
-        return self._submit(write)
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5)
-        connection.execute("PRAGMA synchronous = NORMAL")
-        return connection
-
-    def _submit(self, write: Write) -> Future[Any]:
-        future: Future[Any] = Future()
-        self._queue.put((write, future))
-        return future
-
-    def _run(self) -> None:
-        connection = self._connect()
-        while True:
-            group = [self._queue.get()]
-            while len(group) < 256 and not self._queue.empty():
-                group.append(self._queue.get())
-            jobs = [job for job in group if job is not None]
-            if not self._commit(connection, jobs) and len(jobs) > 1:
-                for job in jobs:  # one of them is at fault: the others shall not share its fate
-                    self._commit(connection, [job])
-            if None in group:
-                connection.close()
-                return
-
-    def _commit(self, connection: sqlite3.Connection, jobs: list[tuple[Write, Future[Any]]]) -> bool:
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-            results = [write(connection) for write, _ in jobs]
-            connection.execute("COMMIT")
-        except Exception as error:  # also what is no text or no number for sqlite: the caller's to hear
-            with contextlib.suppress(sqlite3.Error):
-                connection.rollback()
-            if len(jobs) == 1:
-                jobs[0][1].set_exception(error if isinstance(error, sqlite3.Error) else sqlite3.DataError(str(error)))
-            return False
-        for (_, future), result in zip(jobs, results, strict=True):
-            future.set_result(result)
-        return True
+        return self._write(write)

@@ -14,8 +14,10 @@ from proxy.credentials.credential import Proof
 from proxy.manifests import DOCKER_LIST, OCI_INDEX, OCI_MANIFEST, Descriptor, Manifest
 from proxy.names import Digest, Repository, Tag, digest_of
 from proxy.storage import catalog as module
+from proxy.storage import database
 from proxy.storage.base import Origin
-from proxy.storage.catalog import SCHEMA_VERSION, Catalog, CatalogTooNew, Listed, Tagged
+from proxy.storage.catalog import Catalog, Listed, Tagged
+from proxy.storage.database import SCHEMA_VERSION, CatalogTooNew
 
 UP, REPO, TAG, ACCEPT = "registry.test", Repository("team/app"), Tag("1"), "modern"
 LAYER, OLD, NEW, OTHER = (digest_of(name) for name in (b"layer", b"old", b"new", b"other"))
@@ -218,7 +220,7 @@ def test_a_right_that_was_withdrawn_proves_nothing_whatever_is_queued_when(
 
 
 def test_a_withdrawal_that_cannot_be_written_makes_void_all_the_same(catalog: Catalog) -> None:
-    connection = sqlite3.connect(catalog._path, isolation_level=None)
+    connection = sqlite3.connect(catalog._database._path, isolation_level=None)
     connection.execute("CREATE TRIGGER full BEFORE DELETE ON links BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
     done(catalog.link(OURS, OLD))
     with pytest.raises(sqlite3.Error):
@@ -479,7 +481,7 @@ def test_the_oldest_lists_of_referrers_give_way(catalog: Catalog, monkeypatch: p
 
 def of_schema(path: Path, version: int, *statements: str) -> None:
     """A database as the version of that time has left it."""
-    steps = (module._SCHEMA_1, module._SCHEMA_2)[:version]
+    steps = (database._SCHEMA_1, database._SCHEMA_2)[:version]
     connection = sqlite3.connect(path)
     connection.executescript(f"BEGIN; {' '.join(steps)} PRAGMA user_version = {version}; COMMIT;")
     for statement in statements:

@@ -19,7 +19,8 @@ from proxy.manifests import OCI_INDEX, OCI_MANIFEST, parse_manifest
 from proxy.metrics import Metrics
 from proxy.names import Digest, Repository, Tag, digest_of
 from proxy.storage.base import Origin
-from proxy.storage.catalog import SCHEMA_VERSION, Catalog, CatalogTooNew
+from proxy.storage.catalog import Catalog
+from proxy.storage.database import SCHEMA_VERSION, CatalogTooNew
 from proxy.storage.layout import DirectoryUnusable, SpoolFile
 from proxy.storage.store import Store
 
