@@ -34,7 +34,7 @@ def test_those_with_files_of_their_own_share_nothing(tmp_path: Path) -> None:
 
 
 def test_the_systems_authorities_are_read_again_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever installs one, and sends SIGHUP, need not restart."""
+    """Nobody is given a context with authorities of before."""
     bundle = tmp_path / "system.pem"
     bundle.write_bytes(an_authority())
     monkeypatch.setenv("SSL_CERT_FILE", str(bundle))
