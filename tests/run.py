@@ -1,7 +1,8 @@
 """Runs every test, and says last how many were skipped and why: ``python -m tests.run [pytest arguments]``.
 
-Without arguments three parts run side by side: with the real programs; units, access and pull policies; and all else. With
-``CI`` set, a skip is a failure: there everything that a test needs can be had, but for what says that it is not.
+Without arguments four parts run side by side: with docker and podman; with other real programs; units, access and pull
+policies; and all else. With ``CI`` set, a skip is a failure: there everything that a test needs can be had, but for what
+says that it is not.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ _UNITS_AND_POLICIES = [
         )
     ),
 ]
+_DOCKER = [f"tests/real/test_{name}.py" for name in ("dockerd", "dockerfile", "podman", "demo")]
 PARTS = {
-    "real": ["tests/real"],
+    "docker": _DOCKER,
+    "real": ["tests/real", *(f"--ignore={path}" for path in _DOCKER)],
     "policies": _UNITS_AND_POLICIES,
     "rest": ["tests", "--ignore=tests/real", *(f"--ignore={path}" for path in _UNITS_AND_POLICIES)],
 }
-"""Much of each is waiting for others to fail, so that two processors are enough for three."""
+"""Much of each is waiting for others to fail, so that two processors are enough for four."""
 
 _OPTIONAL = "not to be had here: "
 """How the reason of a skip begins that is no failure: a program that this release of Debian does not have."""
