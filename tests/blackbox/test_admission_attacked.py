@@ -153,9 +153,7 @@ async def test_thousands_that_wait_leave_and_come_again(
     start_cache: StartCache, registry: ScriptedRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2,000 clients from many addresses, each with its own blob, hang up; the line is empty, and a next one is served."""
-    monkeypatch.setattr(
-        pull_blobs, "_PATIENCE", 600.0
-    )  # else the first are sent away before the last has come
+    monkeypatch.setattr(pull_blobs, "_PATIENCE", 600.0)  # else the first are sent away before the last has come
     cache = await start_cache(upstream(registry), maxParallelImagePulls=2, queueTimeout="4m")
     held = Held(registry)
     paths = [blob_path(registry.add_blob(REPO, blob_of(str(number), 10))) for number in range(2000)]
