@@ -42,6 +42,7 @@ from proxy.pull.images import Images
 from proxy.pull.links import Links
 from proxy.pull.manifests import Manifests
 from proxy.rules import Rules
+from proxy.storage.space import Limits
 from proxy.storage.store import Store
 from proxy.threads import Threads
 from proxy.upstream.client import Upstream
@@ -52,6 +53,7 @@ log = logging.getLogger(__name__)
 
 TOKEN_PATH = "/token"  # noqa: S105 - a path
 _HANDLE_LIFE = 270.0
+_TIDY_EVERY = 5.0
 _SWEEP_EVERY = 30.0  # seconds; together 5 minutes
 
 
@@ -100,7 +102,8 @@ async def build(config: Config) -> AsyncIterator[Cache]:
     instance = f"pullcache-{secrets.token_hex(8)}"
     timer = asyncio.get_running_loop().time
     async with AsyncExitStack() as stack:
-        store = Store.open(config.cache.directory, metrics)
+        limits = Limits(config.cache.max_size, config.cache.min_free)
+        store = Store.open(config.cache.directory, metrics, limits, timer)
         stack.callback(store.close)
         threads = Threads()
         stack.callback(threads.close)  # before the store: what runs in a thread uses it
@@ -157,7 +160,7 @@ async def build(config: Config) -> AsyncIterator[Cache]:
         )
         routes = endpoints(handlers, gives_tokens=config.verifies)
         edge = Edge(routes, gate, metrics, is_fronted=config.listener.tls_terminated_in_front)
-        for task in (watch.run(), _sweep(handles, upstreams)):
+        for task in (watch.run(), _sweep(handles, upstreams), _tidy(store, threads)):
             stack.push_async_callback(_end, asyncio.create_task(task))
         tls = _tls_of("listener", config.listener, watch, threads)
         admin_tls = _tls_of("adminListener", config.admin_listener, watch, threads)
@@ -284,6 +287,13 @@ async def _sweep(handles: Handles, upstreams: Mapping[str, Upstream]) -> None:
         handles.drop_expired()
         for upstream in upstreams.values():
             upstream.drop_expired()
+
+
+async def _tidy(store: Store, threads: Threads) -> None:
+    """Writes down what was pulled, and makes room where it is short."""
+    while True:
+        await asyncio.sleep(_TIDY_EVERY)
+        await threads.run(store.tidy)
 
 
 async def _end(task: asyncio.Task[None]) -> None:

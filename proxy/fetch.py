@@ -274,7 +274,7 @@ class Fetcher:
 
     def _start(self, fill: Fill) -> None:
         """Its turn has come."""
-        fill.spool.begin(self._store.spool())
+        fill.spool.begin(self._store.spool(fill.spool.digest))
         task = asyncio.create_task(self._run(fill), name=f"fill {fill.spool.digest}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

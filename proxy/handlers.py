@@ -116,6 +116,7 @@ class Handlers:
         async def answer(target: Target) -> Answer:
             given = await ask(target, reference, accept)
             self.images.serve(target, given.digest)
+            self.store.touch(given.digest, is_pull=True)
             return given
 
         return await self._answer(request, asked, probe, answer)

@@ -35,6 +35,7 @@ class Metrics:
         self.resumes = counter("resumes", "Times that a broken download was continued.")
         self.mismatches = counter("mismatches", "Content refused because digest, size or type was wrong.", "upstream")
         self.unsaved = counter("unsaved", "Downloads passed through without being kept, because of the disk.")
+        self.evicted = counter("evicted", "Manifests and blobs removed to make room, or because nothing named them.")
         self.quarantined = counter("quarantined", "Files in the cache directory that were not what they should be.")
         self.stale = counter("stale", "Tags and lists served from the cache because their upstream was failing.", "upstream")
         self.in_flight = gauge("fills_in_flight", "Downloads running now.")

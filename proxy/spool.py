@@ -96,7 +96,7 @@ class Spool:
         if self._file is None or not self._saving:
             return False
         try:
-            self._file.write(data)
+            self._file.write(data, self.size)
         except OSError as error:
             log.warning("%s is passed through and not saved: %s", self.digest, error)
             return False

@@ -87,7 +87,7 @@ def settings(directory: Path, *upstreams: dict[str, Any], **sections: Any) -> di
     return {
         "listen": "127.0.0.1:0",
         "admin": "127.0.0.1:0",
-        "cache": {"directory": str(directory)},
+        "cache": {"directory": str(directory), **sections.pop("cache", {})},
         "defaultUpstream": upstreams[0]["name"],
         "alwaysPullImages": True,  # what a tag costs is seen, whatever its name; policies have tests of their own
         "backoff": {"initial": "0s", "notFound": "0s", "refused": "0s"},  # and so is what a second attempt costs

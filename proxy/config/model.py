@@ -21,6 +21,7 @@ from proxy.config.values import (
     Glob,
     Listener,
     LocalPath,
+    MinFree,
     Period,
     Quantity,
     QueueTimeout,
@@ -41,6 +42,8 @@ class CacheConfig(Section):
     """Where content is kept."""
 
     directory: LocalPath = Field(default_factory=_default_directory)
+    max_size: Quantity | None = Field(default=None, gt=0, description="the most that it takes; None: what the disk has")
+    min_free: MinFree = Field(default="5%", description="what it leaves free of the disk, a quantity or a percentage")  # type: ignore[assignment]
     max_blob_size: Quantity = Field(default="128Gi", gt=0, description="larger blobs are refused")  # type: ignore[assignment]
 
 

@@ -60,6 +60,17 @@ def parse_quantity(value: object) -> object:
     return int(match[1]) * _UNITS[match[2]]
 
 
+def parse_min_free(value: object) -> object:
+    """What is left free of a disk: bytes of a quantity, or a part of it below 1, written as a percentage such as ``5%``."""
+    percent = re.fullmatch(r"(\d{1,2}(?:\.\d{1,2})?)%", value) if isinstance(value, str) else None
+    if percent is not None:
+        return float(percent[1]) / 100
+    try:
+        return parse_quantity(value)
+    except ValueError:
+        raise ValueError("neither a percentage below 100 nor a quantity; write for example 5% or 10Gi") from None
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     """Where a listener is bound. An empty host is every interface."""
@@ -247,6 +258,7 @@ Period = Annotated[
 Glob = Annotated[str, AfterValidator(_glob)]
 ExternalURL = Annotated[str, AfterValidator(_external_url)]
 Quantity = Annotated[int, BeforeValidator(parse_quantity)]
+MinFree = Annotated[float, BeforeValidator(parse_min_free)]
 TokenHost = Annotated[str, AfterValidator(_token_host)]
 Listener = Annotated[Address, BeforeValidator(parse_address)]
 Endpoint = Annotated[str, AfterValidator(_endpoint)]

@@ -38,6 +38,7 @@ class Blobs:
         """
         origin = target.origin
         is_proved = await self._may_read(target, digest)
+        self._store.touch(digest)
         # From here to join there is no await: what ends being in flight is held before it leaves the table.
         if is_proved and (stored := self._store.open_blob(digest)) is not None:
             return Answer(digest, stored.size, BLOB_TYPE, "hit", stored, age=time.time() - stored.stored)

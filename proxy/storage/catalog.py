@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from cachetools import FIFOCache
 from proxy.credentials.credential import Proof
 from proxy.manifests import Manifest, is_same_for
 from proxy.names import Digest, Repository, Tag, parse_digest
+from proxy.storage import replacement
 from proxy.storage.base import Origin
 from proxy.storage.database import Database
 
@@ -155,6 +157,13 @@ class Catalog:
         """Digest and size of all that is held."""
         return {parse_digest(digest): size for digest, size in self._reader.execute("SELECT digest, size FROM blobs")}
 
+    def doomed(self) -> list[Digest]:
+        """What was forgotten, and has perhaps a file still."""
+        rows = self._reader.execute(
+            "SELECT digest FROM doomed WHERE NOT EXISTS (SELECT 1 FROM blobs WHERE blobs.digest = doomed.digest)"
+        )
+        return [parse_digest(row[0]) for row in rows]
+
     def tagged_digests(self, upstream: str, repository: Repository, tag: Tag, accept: str) -> list[Digest]:
         """Every manifest that the tag has a row for."""
         rows = self._reader.execute(
@@ -186,11 +195,12 @@ class Catalog:
     #
     # Whether it is void is looked at when a write has its turn: if it is not, a withdrawal has its turn after it.
 
-    def add(self, digest: Digest, size: int, manifest: Manifest | None = None) -> Future[None]:
-        """Content is held from now on."""
+    def add(self, digest: Digest, size: int, manifest: Manifest | None = None) -> Future[int | None]:
+        """Content is held from now on. The result: its size where it was held before."""
 
-        def write(connection: sqlite3.Connection) -> None:
+        def write(connection: sqlite3.Connection) -> int | None:
             media_type = manifest.media_type if manifest else None
+            before = connection.execute("SELECT size FROM blobs WHERE digest = ?", (str(digest),)).fetchone()
             connection.execute(
                 "INSERT INTO blobs VALUES (?1, ?2, ?3) "
                 "ON CONFLICT DO UPDATE SET size = ?2, media_type = ifnull(?3, media_type)",
@@ -201,12 +211,45 @@ class Catalog:
                     "INSERT OR REPLACE INTO children VALUES (?, ?, ?)",
                     [(str(digest), str(child.digest), child.size) for child in manifest.children],
                 )
+            children = [child.digest for child in manifest.children] if manifest else None
+            replacement.enter(connection, digest, children, time.time())
+            return before[0] if before else None
 
         return self._write(write)
 
-    def remove(self, digest: Digest) -> Future[None]:
-        """Content is held no more. What named it, and what it named, stays proved."""
-        return self._write(lambda connection: connection.execute("DELETE FROM blobs WHERE digest = ?", (str(digest),)))
+    def remove(self, digest: Digest) -> Future[int | None]:
+        """Content is held no more. What named it, and what it named, stays proved. The result: its size, if it was held."""
+
+        def write(connection: sqlite3.Connection) -> int | None:
+            row = connection.execute("DELETE FROM blobs WHERE digest = ? RETURNING size", (str(digest),)).fetchone()
+            replacement.leave(connection, digest)
+            return row[0] if row else None
+
+        return self._write(write)
+
+    def evict(
+        self, need: int, is_spared: replacement.Spared, pulls: Collection[replacement.Pull]
+    ) -> Future[list[replacement.Evicted]]:
+        """Forgets images until ``need`` bytes of content are to be removed, or after some steps. ``pulls``: the latest."""
+
+        def write(connection: sqlite3.Connection) -> list[replacement.Evicted]:
+            replacement.pulled(connection, pulls)
+            return replacement.evict(connection, need, is_spared)
+
+        return self._write(write, is_durable=True)
+
+    def evict_loose(self, before: float, is_spared: replacement.Spared) -> Future[list[replacement.Evicted]]:
+        """Forgets blobs that came before then and that no held manifest names."""
+        return self._write(lambda connection: replacement.evict_loose(connection, before, is_spared), is_durable=True)
+
+    def pulled(self, pulls: Collection[replacement.Pull]) -> Future[None]:
+        """Images were pulled."""
+        return self._write(lambda connection: replacement.pulled(connection, pulls))
+
+    def removed(self, digests: Collection[Digest]) -> Future[None]:
+        """The files of what was forgotten are removed."""
+        rows = [(str(digest),) for digest in digests]
+        return self._write(lambda connection: connection.executemany("DELETE FROM doomed WHERE digest = ?", rows))
 
     def link(self, origin: Origin, digest: Digest) -> Future[None]:
         """It was proved that ``digest`` is in that repository. What anybody may have needs no other proof; what a secret of

@@ -12,6 +12,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,34 @@ ALTER TABLE links ADD COLUMN proof TEXT NOT NULL DEFAULT 'anonymous';  -- whoeve
 CREATE INDEX links_by_repository ON links (upstream, repository, proof);
 ALTER TABLE referrers ADD COLUMN proof TEXT NOT NULL DEFAULT 'anonymous';
 """
-_STEPS = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3)
+_SCHEMA_4 = """
+CREATE TABLE images (
+  digest TEXT PRIMARY KEY, place INTEGER NOT NULL UNIQUE, pulled REAL NOT NULL, is_wanted INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE TABLE hand (place INTEGER NOT NULL);
+CREATE TABLE loose (digest TEXT PRIMARY KEY, since REAL NOT NULL) WITHOUT ROWID;
+CREATE INDEX loose_by_age ON loose (since);
+CREATE TABLE doomed (digest TEXT PRIMARY KEY) WITHOUT ROWID;  -- no record any more; the file is to be removed
+INSERT INTO hand VALUES (0);
+INSERT INTO images (digest, place, pulled)
+  SELECT digest, row_number() OVER (), 1.0 * strftime('%s') FROM blobs WHERE media_type IS NOT NULL;
+INSERT INTO loose SELECT digest, 1.0 * strftime('%s') FROM blobs WHERE media_type IS NULL AND NOT EXISTS
+  (SELECT 1 FROM children JOIN blobs AS held ON held.digest = parent WHERE children.digest = blobs.digest);
+"""
+_STEPS = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3, _SCHEMA_4)
 SCHEMA_VERSION = len(_STEPS)
-_TABLES = {"blobs", "children", "links", "tags", "referrers"}
+_TABLES = {"blobs", "children", "links", "tags", "referrers", "images", "hand", "loose", "doomed"}
 _GROUP = 256
 
 
 Change = Callable[[sqlite3.Connection], object]
-_Job = tuple[Change, Future[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    change: Change
+    future: Future[Any]
+    is_durable: bool
 
 
 class CatalogTooNew(Exception):
@@ -101,10 +122,13 @@ class Database:
         self._thread.join()
         self.read.close()
 
-    def write(self, change: Change) -> Future[Any]:
-        """Makes a change when it has its turn, whole or not at all. The future has its result once it is committed."""
+    def write(self, change: Change, *, is_durable: bool = False) -> Future[Any]:
+        """Makes a change when it has its turn, whole or not at all. The future has its result once it is committed.
+
+        ``is_durable``: and once it would survive a power cut; others do as soon as a later one is.
+        """
         future: Future[Any] = Future()
-        self._queue.put((change, future))
+        self._queue.put(_Job(change, future, is_durable))
         return future
 
     def _connect(self) -> sqlite3.Connection:
@@ -128,15 +152,17 @@ class Database:
 
     def _commit(self, connection: sqlite3.Connection, jobs: list[_Job]) -> bool:
         try:
+            is_durable = any(job.is_durable for job in jobs)
+            connection.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'NORMAL'}")
             connection.execute("BEGIN IMMEDIATE")
-            results = [change(connection) for change, _ in jobs]
+            results = [job.change(connection) for job in jobs]
             connection.execute("COMMIT")
         except Exception as error:  # also what is no text or no number for sqlite: the caller's to hear
             with contextlib.suppress(sqlite3.Error):
                 connection.rollback()
             if len(jobs) == 1:
-                jobs[0][1].set_exception(error if isinstance(error, sqlite3.Error) else sqlite3.DataError(str(error)))
+                jobs[0].future.set_exception(error if isinstance(error, sqlite3.Error) else sqlite3.DataError(str(error)))
             return False
-        for (_, future), result in zip(jobs, results, strict=True):
-            future.set_result(result)
+        for job, result in zip(jobs, results, strict=True):
+            job.future.set_result(result)
         return True

@@ -30,14 +30,17 @@ from typing import Any
 
 from proxy.errors import RegistryError
 from proxy.names import Digest, parse_digest
+from proxy.storage.space import Disk, Limits, Space, charge
 
 log = logging.getLogger(__name__)
 
 ALGORITHMS = ("sha256", "sha512")
-MIN_FREE = 0.05
-"""Part of the disk that is left free; below it nothing more is saved."""
+UNBOUNDED = Limits(None, 0.05)
+"""All of the disk but a part that is left free."""
 _RESERVE = 1024 * 1024
-_CHECK_ROOM = 64 * 1024 * 1024
+_STEP = 64 * 1024 * 1024
+"""What is granted at once to content of which the size is not known."""
+_OWN = ("cache.db", "cache.db-wal", "cache.db-shm", "reserve", "index.json", "oci-layout", "lock")
 
 _NETWORK = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "fuse.sshfs", "fuse.glusterfs"}
@@ -53,28 +56,44 @@ class DirectoryUnusable(Exception):
 class SpoolFile:
     """A file in ``ingest/`` that becomes content, or is removed."""
 
-    def __init__(self, layout: Layout, name: str, descriptor: int) -> None:
+    def __init__(self, layout: Layout, name: str, descriptor: int, digest: Digest | None) -> None:
         self._layout = layout
         self.name = name
+        self.digest = digest
         self.descriptor = descriptor
         self.named = True
-        self._unchecked = 0
+        self._granted = 0
+        self._written = 0
 
-    def write(self, data: bytes) -> None:
-        """Writes all of ``data``; raises ``OSError``, also when the disk should take no more."""
+    def write(self, data: bytes, size: int | None = None) -> None:
+        """Writes all of ``data``; raises ``OSError``, also when the disk should take no more. ``size``: of the whole, if it
+        is known."""
+        wanted = self._written + len(data)
+        if charge(wanted) > self._granted:
+            step = charge(wanted if size is None or size < wanted else size) - self._granted
+            if size is None:
+                step = max(step, _STEP)
+            if not self._layout.space.grant(step):
+                raise OSError(errno.ENOSPC, "cache.maxSize and cache.minFree leave no room for it, and nothing more may go")
+            self._granted += step
         view = memoryview(data)
         while view:
-            view = view[os.write(self.descriptor, view) :]
-        self._unchecked += len(data)
-        if self._unchecked >= _CHECK_ROOM:
-            self._unchecked = 0
-            if not self._layout.has_room():
-                raise OSError(errno.ENOSPC, "less than the part of the disk that is left free remains")
+            count = os.write(self.descriptor, view)
+            self._written += count
+            self._layout.space.wrote(count)
+            view = view[count:]
 
     def adopt(self, digest: Digest) -> None:
         """Puts the file in its place, for good; the caller has checked that it holds what ``digest`` names."""
         self._layout._place(self, digest)
         self.named = False
+        self._layout.space.keep(self._written)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        granted, self._granted = self._granted, 0
+        written, self._written = self._written, 0
+        self._layout.space.give_back(granted, written)
 
     def close(self) -> None:
         """Closes the file, and removes it if it was not adopted."""
@@ -86,13 +105,17 @@ class SpoolFile:
             log.warning("a spool could not be removed: %s", error)
         finally:
             os.close(self.descriptor)
+            self._layout.spools.discard(self)
+            self._give_back()
 
 
 class Layout:
     """The files of one cache directory. Blocking; one instance a directory, guarded by a lock."""
 
-    def __init__(self, path: Path, root: int, lock: int) -> None:
+    def __init__(self, path: Path, root: int, lock: int, limits: Limits) -> None:
         self.path = path
+        self.space = Space(limits, self._disk, self._own)
+        self.spools: set[SpoolFile] = set()
         self._root = root
         self._lock = lock
         self._serial = itertools.count()
@@ -102,7 +125,7 @@ class Layout:
         self._meta = {algorithm: self._folder(f"meta/{algorithm}") for algorithm in ALGORITHMS}
 
     @classmethod
-    def open(cls, path: Path) -> Layout:
+    def open(cls, path: Path, limits: Limits = UNBOUNDED) -> Layout:
         """The directory at ``path``, made if it is missing, locked and swept; raises ``DirectoryUnusable``."""
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -119,7 +142,7 @@ class Layout:
             _check_root(path, os.fstat(root))
             lock = os.open("lock", os.O_RDWR | os.O_CREAT | _OPEN, 0o600, dir_fd=root)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            layout = cls(path, root, lock)
+            layout = cls(path, root, lock, limits)
         except OSError as error:
             for descriptor in (root, lock):
                 if descriptor >= 0:
@@ -162,19 +185,25 @@ class Layout:
         ):
             os.close(descriptor)
 
-    def has_room(self) -> bool:
-        """Whether the disk has space, and files, left for saving more."""
-        try:
-            disk = os.fstatvfs(self._root)
-        except OSError:
-            return False
-        return disk.f_bavail >= disk.f_blocks * MIN_FREE and (disk.f_files == 0 or disk.f_favail > 0)
-
-    def spool(self) -> SpoolFile:
-        """A new, empty file in ``ingest/``; raises ``OSError``."""
+    def spool(self, digest: Digest | None = None) -> SpoolFile:
+        """A new, empty file in ``ingest/``, perhaps to become the content of ``digest``; raises ``OSError``."""
         name = f"{os.getpid()}-{next(self._serial)}"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN
-        return SpoolFile(self, name, os.open(name, flags, 0o600, dir_fd=self.ingest))
+        spool = SpoolFile(self, name, os.open(name, flags, 0o600, dir_fd=self.ingest), digest)
+        self.spools.add(spool)
+        return spool
+
+    def _disk(self) -> Disk:
+        disk = os.fstatvfs(self._root)
+        return Disk(disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize, disk.f_files == 0 or disk.f_favail > 0)
+
+    def _own(self) -> int:
+        """Bytes of the catalog and of what else stands in the directory itself."""
+        size = 0
+        for name in _OWN:
+            with contextlib.suppress(OSError):
+                size += charge(os.stat(name, dir_fd=self._root, follow_symlinks=False).st_size)
+        return size
 
     def open_blob(self, digest: Digest, size: int) -> int | None:
         """A descriptor of the content, or None where there is none.
@@ -203,6 +232,12 @@ class Layout:
             os.close(descriptor)
         self.set_aside_blob(digest)
         raise FileNotFoundError(errno.ENOENT, "not a file of ours, moved into quarantine", digest.hex)
+
+    def remove(self, digest: Digest) -> None:
+        """Removes content and what is written beside it, where it is there; raises ``OSError``."""
+        for folder, name in ((self._blobs, digest.hex), (self._meta, f"{digest.hex}.json")):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder[digest.algorithm])
 
     def contents(self) -> Iterator[tuple[Digest, int]]:
         """Digest and size of every file under ``blobs/`` that has a digest for a name."""
@@ -256,7 +291,7 @@ class Layout:
                     os.unlink(entry.name, dir_fd=self.ingest)
 
     def _make_reserve(self) -> None:
-        if not self.has_room():
+        if self.space.lacking(_RESERVE) > 0:
             return
         with contextlib.suppress(OSError):
             descriptor = os.open("reserve", os.O_WRONLY | os.O_CREAT | _OPEN, 0o600, dir_fd=self._root)
@@ -273,7 +308,8 @@ class Layout:
     def _write(self, name: str, folder: int, document: dict[str, Any]) -> None:
         spool = self.spool()
         try:
-            spool.write(json.dumps(document, indent=1).encode())
+            data = json.dumps(document, indent=1).encode()
+            spool.write(data, len(data))
             os.fsync(spool.descriptor)
             os.rename(spool.name, name, src_dir_fd=self.ingest, dst_dir_fd=folder)
             spool.named = False

@@ -10,24 +10,27 @@ found again from them.
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
 from proxy.credentials.credential import Proof
-from proxy.errors import CacheFailing, RegistryError
-from proxy.manifests import MAX_BYTES, Manifest, ManifestInvalid, parse_manifest
+from proxy.errors import CacheFailing
+from proxy.manifests import Manifest
 from proxy.metrics import Metrics
-from proxy.names import Digest, Repository, Tag, parse_repository, parse_tag
+from proxy.names import Digest, Repository, Tag
 from proxy.storage.base import Origin, StoredBlob
 from proxy.storage.catalog import Catalog, Listed, Tagged
-from proxy.storage.layout import DirectoryUnusable, Layout, SpoolFile
+from proxy.storage.eviction import Eviction
+from proxy.storage.layout import UNBOUNDED, Layout, SpoolFile
+from proxy.storage.recovery import open_catalog, reconcile
+from proxy.storage.space import Limits, charge
 
 log = logging.getLogger(__name__)
 
@@ -40,24 +43,32 @@ class Store:
     """Content by digest, and what is known of it. Errors of disk and database end here: reading what cannot be read is
     a miss, and what cannot be saved is not saved."""
 
-    def __init__(self, layout: Layout, catalog: Catalog, metrics: Metrics) -> None:
+    def __init__(self, layout: Layout, catalog: Catalog, metrics: Metrics, timer: Callable[[], float]) -> None:
         self._layout = layout
         self._catalog = catalog
         self._metrics = metrics
         self._notes = threading.Lock()
+        self._eviction = Eviction(layout, catalog, metrics, timer)
 
     @classmethod
-    def open(cls, directory: Path, metrics: Metrics) -> Store:
+    def open(
+        cls,
+        directory: Path,
+        metrics: Metrics,
+        limits: Limits = UNBOUNDED,
+        timer: Callable[[], float] = time.monotonic,
+    ) -> Store:
         """Opens the directory and makes catalog and files agree; raises ``DirectoryUnusable``, ``CatalogTooNew``."""
-        layout = Layout.open(directory)
+        layout = Layout.open(directory, limits)
         try:
-            store = cls(layout, _open_catalog(layout), metrics)
+            store = cls(layout, open_catalog(layout), metrics, timer)
         except BaseException:
             layout.close()
             raise
         try:
             layout.prepare()
-            store._reconcile()
+            reconcile(layout, store._catalog, metrics)
+            layout.space.count(sum(map(charge, store._catalog.digests().values())))
         except BaseException:
             store.close()
             raise
@@ -87,7 +98,7 @@ class Store:
                 self._metrics.quarantined.inc()
                 descriptor = None
             if descriptor is None:
-                self._catalog.remove(digest)
+                self._eviction.lost(digest)
                 return None
             return StoredBlob(digest, descriptor, entry[0])
         except OSError as error:
@@ -159,14 +170,16 @@ class Store:
         """What the upstream last said that refers to a manifest; ``public``: to the anonymous."""
         return self._read(lambda: self._catalog.referrers(upstream, repository, subject, public=public))
 
+    def touch(self, digest: Digest, *, is_pull: bool = False) -> None:
+        """Somebody uses content: it stays for a while. ``is_pull``: it is an image that is pulled."""
+        self._eviction.touch(digest, is_pull=is_pull)
+
     # -- writing: blocking, to be called in a thread -----------------------------------------------------------------
 
-    def spool(self) -> SpoolFile | None:
-        """A file for a download, or None when the disk should take no more."""
-        if not self._layout.has_room():
-            return None
+    def spool(self, digest: Digest) -> SpoolFile | None:
+        """A file for a download, or None when the disk takes no more."""
         try:
-            return self._layout.spool()
+            return self._layout.spool(digest)
         except OSError as error:
             log.warning("nothing can be saved: %s", error)
             return None
@@ -180,13 +193,13 @@ class Store:
 
     def put_manifest(self, origin: Origin, digest: Digest, body: bytes, manifest: Manifest) -> bool:
         """Holds a verified manifest and its link from now on. False when the disk did not take it."""
-        spool = self.spool()
+        spool = self.spool(digest)
         if spool is None:
             self._metrics.unsaved.inc()
             return False
         try:
             try:
-                spool.write(body)
+                spool.write(body, len(body))
                 self._hold(spool, origin, digest, len(body), manifest)
             finally:
                 spool.close()
@@ -228,7 +241,7 @@ class Store:
 
     def put_referrers(self, origin: Origin, subject: Digest, body: bytes, checked: float) -> None:
         """Remembers what the upstream says that refers to a manifest; a list that is very long is not kept."""
-        if len(body) <= _MAX_LIST and self._layout.has_room():
+        if len(body) <= _MAX_LIST and self._layout.space.lacking(len(body)) <= 0:
             self._wait(self._catalog.set_referrers(origin, subject, body, checked))
 
     def _hold(self, spool: SpoolFile, origin: Origin, digest: Digest, size: int, manifest: Manifest | None = None) -> None:
@@ -238,8 +251,17 @@ class Store:
         is_private = self.is_void(origin) or origin.proof != "anonymous"
         if is_private or manifest is not None or self._layout.read_meta(digest) is not None:
             self._write_meta(digest, manifest.media_type if manifest else None)
-        spool.adopt(digest)
-        self._catalog.add(digest, size, manifest).result()
+        with self._eviction.placing(digest):
+            spool.adopt(digest)
+            before = self._catalog.add(digest, size, manifest).result()
+        if before is not None:
+            self._layout.space.drop(before)
+        elif manifest is not None:
+            self._eviction.entered(digest)
+
+    def tidy(self) -> None:
+        """Removes what is nobody's, and what is too much; to be called now and then."""
+        self._eviction.tidy()
 
     def is_void(self, origin: Origin) -> bool:
         """Whether the right by which something was got has been withdrawn since: then it proves nothing."""
@@ -294,103 +316,3 @@ class Store:
                     ],
                 },
             )
-
-    def _reconcile(self) -> None:
-        """Makes the catalog say what the files are."""
-        known = self._catalog.digests()
-        pending: list[Future[None]] = []
-        found: list[Digest] = []
-        tags: list[_TagNote] = []
-        contents = dict(self._layout.contents())
-        for digest, size in contents.items():
-            if known.pop(digest, None) is None:
-                pending += self._recover(digest, size, tags)
-                if self._layout.read_meta(digest) is None:
-                    found.append(digest)
-        pending += [self._catalog.remove(digest) for digest in known]
-        pending.append(self._catalog.share(found))
-        try:
-            self._layout.drop_notes(contents)
-        except OSError as error:
-            log.warning("notes beside content that is not there were not removed: %s", error)
-        pending += [self._catalog.set_tag(*note) for note in sorted(tags, key=lambda note: note[-1])]
-        for future in pending:
-            self._wait(future)
-
-    def _recover(self, digest: Digest, size: int, tags: list[_TagNote]) -> list[Future[None]]:
-        """Enters a file without a record, if it holds what its name says.
-
-        Without notes beside it nothing is known of who may read it: unless public manifests alone name it, its first
-        reader costs a download.
-        """
-        try:
-            body = self._verified(digest, size)
-        except OSError:
-            return []
-        meta = self._layout.read_meta(digest)
-        if meta is None or (body is None and meta.get("mediaType") is not None):
-            return [self._catalog.add(digest, size)]
-        try:
-            media_type = meta["mediaType"]
-            manifest = parse_manifest(body, str(media_type)) if body is not None and media_type is not None else None
-            links = [
-                Origin(str(link["upstream"]), parse_repository(link["repository"]), _proof(link)) for link in meta["links"]
-            ]
-            tags += [
-                (
-                    str(note["upstream"]),
-                    parse_repository(note["repository"]),
-                    parse_tag(note["tag"]),
-                    str(note["accept"]),
-                    digest,
-                    float(note["checked"]),
-                )
-                for note in meta["tags"]
-            ]
-        except (KeyError, TypeError, ValueError, RegistryError, ManifestInvalid):
-            log.warning("what is written beside %s cannot be read", digest)
-            return [self._catalog.add(digest, size)]
-        return [self._catalog.add(digest, size, manifest), *(self._catalog.link(link, digest) for link in links)]
-
-    def _verified(self, digest: Digest, size: int) -> bytes | None:
-        """The content if it is small enough to be a manifest, else None; raises ``OSError`` where it is not what it
-        should be, and sets it aside."""
-        descriptor = self._layout.open_blob(digest, size)
-        if descriptor is None:
-            raise FileNotFoundError(digest.hex)
-        with open(descriptor, "rb") as file:
-            found = hashlib.file_digest(file, digest.algorithm).hexdigest()
-            if found != digest.hex:
-                self._metrics.quarantined.inc()
-                self._layout.set_aside_blob(digest)
-                raise OSError(errno.EIO, "the content is not what its name says", digest.hex)
-            file.seek(0)
-            return file.read() if size <= MAX_BYTES else None
-
-
-def _proof(link: dict[str, object]) -> Proof:
-    """To whom a link says that content was given; before it was written down, everything was asked for anonymously."""
-    proof = link.get("proof", "anonymous")
-    return "anonymous" if proof == "anonymous" else "secret" if proof == "secret" else "client"
-
-
-def _open_catalog(layout: Layout) -> Catalog:
-    """The catalog of a directory; a damaged one is set aside, and what it said is found again from the files.
-
-    Raises ``DirectoryUnusable`` where it cannot be opened just now.
-    """
-    path = layout.path / "cache.db"
-    try:
-        if path.exists() and not path.is_file():
-            raise sqlite3.DatabaseError("it is not a file")
-        return Catalog.open(path)
-    except sqlite3.OperationalError as error:
-        if layout.give_up_reserve():
-            return _open_catalog(layout)
-        raise DirectoryUnusable(f"cache.directory: {path} cannot be opened: {error}") from error
-    except sqlite3.DatabaseError as error:
-        log.warning("the catalog is damaged (%s): it is set aside and found again from the files", error)
-        for name in ("cache.db", "cache.db-wal", "cache.db-shm"):
-            if (layout.path / name).exists():
-                layout.set_aside(name)
-        return Catalog.open(path)

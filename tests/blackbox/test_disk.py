@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import RunningCache, StartCache, upstream
-from tests.fakes.answers import gate
+from tests.fakes.answers import compose, gate
 from tests.fakes.client import fetch, finish
 from tests.fakes.content import Image
 from tests.fakes.registry import ScriptedRegistry
@@ -148,18 +148,23 @@ async def test_a_full_disk_takes_nothing_and_fails_nobody_until_there_is_room_ag
 async def test_a_disk_that_fills_up_in_mid_download_is_noticed_by_no_client(
     mounted: Callable[[str], Path], registry: ScriptedRegistry, start_cache: StartCache, with_slow: bool
 ) -> None:
-    """F11: a blob that is larger than the disk, and somebody who joins late: where all others have moved on, what the disk
-    did not take has gone from memory, and a second download is needed."""
-    cache = await start_cache(upstream(registry), directory=mounted("size=12m"))
+    """F11: others take the disk meanwhile, and somebody joins late: where all others have moved on, what the disk did not
+    take has gone from memory, and a second download is needed."""
+    directory = mounted("size=40m")
+    cache = await start_cache(upstream(registry), directory=directory)
     digest = registry.add_blob("team/app", LARGE)
     path = f"/v2/team/app/blobs/{digest}"
-    go_on = asyncio.Event()
-    registry.script("GET", path, gate(go_on, after=18 * MIB))
+    is_half, go_on = asyncio.Event(), asyncio.Event()
+    registry.script("GET", path, compose(gate(is_half, after=10 * MIB), gate(go_on, after=18 * MIB)))
     early = [await cache.open(path) for _ in range(4)]
+    firsts = [await stream.read_all(8 * MIB) for stream in early]
+    free = os.statvfs(directory)
+    (directory / "ballast").write_bytes(bytes(free.f_bavail * free.f_frsize - MIB))
+    is_half.set()
     slow = [await cache.open(path, receive_buffer=64 * 1024)] if with_slow else []
     tail = asyncio.create_task(cache.get(path, [("Range", f"bytes={19 * MIB}-")]))
     near = 18 * MIB - 64 * 1024
-    heads = await asyncio.gather(*(stream.read_all(near) for stream in early))
+    heads = await asyncio.gather(*(stream.read_all(near - 8 * MIB) for stream in early))
     late = asyncio.create_task(cache.get(path))
     followers = len(early) + len(slow)  # without the first, with the tail
     async with asyncio.timeout(30):
@@ -172,7 +177,7 @@ async def test_a_disk_that_fills_up_in_mid_download_is_noticed_by_no_client(
         late,
         tail,
     )
-    assert [head + rest.body == LARGE for head, rest in zip(heads, rests, strict=True)] == [True] * 4
+    assert [first + head + rest.body == LARGE for first, head, rest in zip(firsts, heads, rests, strict=True)] == [True] * 4
     assert [body.body == LARGE for body in slow_bodies] == [True] * len(slow)
     assert answer.body == LARGE
     assert (end.status, end.body == LARGE[19 * MIB :]) == (206, True)

@@ -27,7 +27,7 @@ from proxy.names import digest_of as parsed_digest_of
 from proxy.storage import catalog as catalogs
 from proxy.storage.base import Origin
 from proxy.storage.catalog import Catalog
-from proxy.storage.layout import Layout
+from proxy.storage.space import Space
 from proxy.upstream.endpoints import Endpoints
 from proxy.upstream.reply import Where
 from tests.blackbox.addressing import DEFAULT, Client, digests_of, next_of, tags_of
@@ -505,7 +505,7 @@ async def test_lists_are_not_kept_where_the_disk_should_take_no_more(
 ) -> None:
     """Below 5 % nothing is kept, lists among it: thousands of them, each of a quarter of a megabyte, are a gigabyte."""
     image = signed(registry)
-    monkeypatch.setattr(Layout, "has_room", lambda self: False)
+    monkeypatch.setattr(Space, "lacking", lambda self, count=0: 1)
     for _ in range(2):
         assert len(digests_of(await client_of(cache).get(f"referrers/{image.digest}"))) == 3
     assert registry.count("GET", api(image.digest)) == 2

@@ -213,13 +213,13 @@ class Failing(SpoolFile):
     """A file on a disk that takes so many bytes, the last write in part, and then refuses for ever."""
 
     def __init__(self, file: SpoolFile, room: int) -> None:
-        super().__init__(file._layout, file.name, file.descriptor)
+        super().__init__(file._layout, file.name, file.descriptor, file.digest)
         self._room = room
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes, size: int | None = None) -> None:
         part = data[: self._room]
         self._room -= len(part)
-        super().write(part)
+        super().write(part, size)
         if len(part) < len(data):
             raise OSError(errno.ENOSPC, "No space left on device")
 

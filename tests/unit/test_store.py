@@ -57,7 +57,7 @@ def opened(path: Path, metrics: Metrics | None = None) -> Iterator[Store]:
 
 def put_blob(store: Store, body: bytes = LAYER, origin: Origin = PUBLIC) -> Digest:
     digest = digest_of(body)
-    spool = store.spool()
+    spool = store.spool(digest)
     assert spool is not None
     spool.write(body)
     store.adopt(spool, digest, len(body), origin)
