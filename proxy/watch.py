@@ -105,6 +105,9 @@ def when_changed(
             raise Faults([f"{error}; what it held before is still used"]) from None
         if known:
             log.info("%s: the new content is used", ", ".join(str(path) for path in paths))
-        known[:] = [found]
+        known.clear()
+        with suppress(OSError):  # what changed while it was used is perhaps not what is in use
+            if await threads.run(contents) == found:
+                known.append(found)
 
     return reread

@@ -48,6 +48,8 @@ def read(sources: Sequence[PullSecretSource]) -> dict[str, Reading]:
             except SecretInvalid as error:
                 found[name] = Reading(None, str(error))
             except OSError as error:
+                if source.directory is not None and isinstance(error, FileNotFoundError):
+                    continue  # taken away since it was listed: it is not there
                 reason = f"cannot be read: {error.strerror}; is it there, and may pullcache read it?"
                 found[name] = Reading(None, f"{name}: {reason}")
     return found

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from proxy import files
 from proxy.config.model import PullSecretSource
 from proxy.credentials.credential import Credential
 from proxy.credentials.docker_config import Entry
@@ -173,6 +174,25 @@ def test_a_directory_of_mounted_secrets_in_the_order_of_their_names(tmp_path: Pa
     (tmp_path / "empty").mkdir()
     readings = read([source(directory=tmp_path)])
     assert [password for _, _, password in shown(entries(readings))] == ["a", "b", "c"]
+    assert faults(readings) == []
+
+
+def test_a_mounted_secret_that_is_taken_away_while_it_is_looked_at_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No fault, after which what it held would still be used: it was listed, and is gone when it is opened."""
+    for name in ("a", "b"):
+        Mounted(tmp_path / name, dockerconfigjson=docker_config(password=name))
+    really = files.read
+
+    def late(path: Path) -> bytes:
+        if path.parent.name == "a":
+            path.unlink()
+        return really(path)
+
+    monkeypatch.setattr(files, "read", late)
+    readings = read([source(directory=tmp_path)])
+    assert [password for _, _, password in shown(entries(readings))] == ["b"]
     assert faults(readings) == []
 
 

@@ -270,6 +270,29 @@ async def test_bad_content_is_a_fault_until_it_is_good(
     assert "canary" not in caplog.text
 
 
+async def test_content_that_changed_while_it_was_used_and_was_taken_back_is_used_again(
+    paths: list[Path], threads: Threads
+) -> None:
+    """What is in use is then not what was seen before, though the files are as they were."""
+    use = Use(*paths)
+
+    def late() -> None:
+        if use.tried == 1:
+            paths[0].write_bytes(b"another")
+        use()
+
+    reread = when_changed(paths, late, BadContent, threads)
+    await reread()
+    paths[0].write_bytes(b"new")
+    await reread()
+    paths[0].write_bytes(b"bad")
+    with pytest.raises(Faults):
+        await reread()
+    paths[0].write_bytes(b"new")
+    await reread()
+    assert use.used == [b"old old", b"another old", b"new old"]
+
+
 async def test_bad_content_that_is_taken_back_is_no_fault_and_no_news(paths: list[Path], threads: Threads) -> None:
     use = Use(*paths)
     reread = when_changed(paths, use, BadContent, threads)
