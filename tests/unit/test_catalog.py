@@ -370,7 +370,7 @@ def test_where_there_is_none_of_its_own_the_last_of_a_class_that_is_given_the_sa
 
 # --- writing in groups ---
 
-Bad = Callable[[Catalog], Future[None]]
+Bad = Callable[[Catalog], Future[Any]]
 BAD: dict[str, Bad] = {
     "refused by the database": lambda catalog: catalog.add(OTHER, None),  # type: ignore[arg-type]
     "not storable": lambda catalog: catalog.add(OTHER, 2**63),
