@@ -1,7 +1,7 @@
-"""The second listener, for those who run the cache: health, readiness, figures, explanations.
+"""The second listener, for those who run the cache: health, readiness, figures, and what they ask or have done.
 
-No upstream is asked for any of it: a dead registry must not get the cache restarted. Health and readiness are told to
-everybody who reaches it; the rest, where there is a token, to who shows it.
+No upstream is asked for health, readiness and figures: a dead registry must not get the cache restarted. Health and
+readiness are told to everybody who reaches it; the rest, where there is a token, to who shows it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,21 @@ _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _SHORTEST = 16
-_WHICH = b'{"error": "which image? Ask for example /explain?image=docker.io/library/debian:12"}\n'
+_CHANGING = (
+    b"what changes something is asked for by POST, with Content-Type: application/json, which no web page sends unasked\n"
+)
 
-Explain = Callable[[str, str], Awaitable[dict[str, Any]]]
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What operators may ask for; ``is_change``: by POST, else by GET.
+
+    ``answer`` takes the query and gives a JSON object; it raises ``RegistryError``, or ``ValueError`` with a text that says
+    what was wrong with the query.
+    """
+
+    answer: Callable[[Mapping[str, str]], Awaitable[dict[str, Any]]]
+    is_change: bool = False
 
 
 class AdminTokenUnusable(Exception):
@@ -65,17 +78,21 @@ class AdminToken:
 
 
 def listener(
-    metrics: Metrics, is_ready: Callable[[], bool], explain: Explain | None = None, token: AdminToken | None = None
+    metrics: Metrics,
+    is_ready: Callable[[], bool],
+    actions: Mapping[str, Action],
+    token: AdminToken | None = None,
 ) -> Listener:
-    """``/healthz``: the event loop turns; ``/readyz``: no stop was asked for; ``/metrics``; ``/explain?image=``, and
-    perhaps ``&platform=``; without an image that is 400."""
+    """``/healthz``: the event loop turns; ``/readyz``: no stop was asked for; ``/metrics``; ``actions`` by path."""
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         path = request.rel_url.raw_path
+        action = actions.get(path)
         status, body, kind = 404, b"not found\n", _TEXT
-        headers = COMMON_HEADERS | {"Allow": "GET, HEAD"}
-        if request.method not in ("GET", "HEAD"):
-            status, body = 405, b"read only\n"
+        methods = ("POST",) if action is not None and action.is_change else ("GET", "HEAD")
+        headers = COMMON_HEADERS | {"Allow": ", ".join(methods)}
+        if request.method not in methods:
+            status, body = 405, _CHANGING if methods == ("POST",) else b"read only\n"
         elif path == "/healthz":
             status, body = 200, b"ok\n"
         elif path == "/readyz":
@@ -85,17 +102,22 @@ def listener(
             headers["WWW-Authenticate"] = 'Bearer realm="pullcache admin"'
         elif path == "/metrics":
             status, body, kind = 200, metrics.render(), _PROMETHEUS
-        elif path == "/explain" and explain is not None:
-            status, kind = 200 if request.rel_url.query.get("image") else 400, _JSON
-            body = await _explanation(explain, request.rel_url.query) if status == 200 else _WHICH
+        elif action is not None and action.is_change and request.content_type != _JSON:
+            status, body = 415, _CHANGING
+        elif action is not None:
+            kind = _JSON
+            status, body = await _answer(action, request.rel_url.query)
         return web.Response(status=status, body=body, headers=headers | {"Content-Type": kind})
 
     return Listener(answer, metrics)
 
 
-async def _explanation(explain: Explain, query: Mapping[str, str]) -> bytes:
+async def _answer(action: Action, query: Mapping[str, str]) -> tuple[int, bytes]:
+    status = 200
     try:
-        found = await explain(query.get("image", ""), query.get("platform", ""))
+        found = await action.answer(query)
     except RegistryError as error:
         found = {"error": error.message}
-    return json.dumps(found, indent=1).encode() + b"\n"
+    except ValueError as error:
+        status, found = 400, {"error": str(error)}
+    return status, json.dumps(found, indent=1).encode() + b"\n"

@@ -18,7 +18,7 @@ from proxy.access.gate import Gate
 from proxy.access.handles import Handles
 from proxy.access.htpasswd import HtpasswdInvalid, Users, parse_htpasswd
 from proxy.access.proofs import Access
-from proxy.admin import AdminToken, AdminTokenUnusable
+from proxy.admin import Action, AdminToken, AdminTokenUnusable
 from proxy.admission import Admission
 from proxy.certificates import CertificateUnusable, ServerTLS, load
 from proxy.config.file import ConfigError
@@ -64,7 +64,8 @@ class Cache:
     listener: Listener
     metrics: Metrics
     reload: Callable[[], None]
-    explain: Explain
+    actions: Mapping[str, Action]
+    """What operators may ask for, by the path of the admin listener."""
     tls: ServerTLS | None
     admin_tls: ServerTLS | None
     admin_token: AdminToken | None
@@ -166,13 +167,15 @@ async def build(config: Config) -> AsyncIterator[Cache]:
         admin_tls = _tls_of("adminListener", config.admin_listener, watch, threads)
         explain = Explain(handlers.routes, upstreams, handlers.rules, policies, staleness, pull_secrets, store)
 
+        actions = {"/explain": Action(explain.answer)}
+
         def reload() -> None:
             pull_secrets.renew()
             watch.soon()
             for upstream in upstreams.values():
                 upstream.ask_again()
 
-        yield Cache(Listener(edge, metrics), metrics, reload, explain, tls, admin_tls, _token_of(config, watch, threads))
+        yield Cache(Listener(edge, metrics), metrics, reload, actions, tls, admin_tls, _token_of(config, watch, threads))
 
 
 async def pull_secrets_of(

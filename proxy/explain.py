@@ -44,6 +44,12 @@ class Explain:
         self._pull_secrets = pull_secrets
         self._store = store
 
+    async def answer(self, query: Mapping[str, str]) -> dict[str, Any]:
+        """What is known of the ``image`` of a query, perhaps of one ``platform``; raises ``ValueError`` if it has none."""
+        if not query.get("image"):
+            raise ValueError("which image? Ask for example /explain?image=docker.io/library/debian:12")
+        return await self(query["image"], query.get("platform", ""))
+
     async def __call__(self, text: str, platform: str = "") -> dict[str, Any]:
         """What is known of the image that a user means by ``text``; ``error`` where it is no image of this cache.
 

@@ -43,7 +43,7 @@ async def serve(config: Config, announce: Callable[[Config], None]) -> None:
     async with app.build(config) as cache:
         loop.add_signal_handler(signal.SIGHUP, cache.reload)
         admin_runner = web.ServerRunner(
-            admin.listener(cache.metrics, lambda: not stop.is_set(), cache.explain, cache.admin_token), shutdown_timeout=1
+            admin.listener(cache.metrics, lambda: not stop.is_set(), cache.actions, cache.admin_token), shutdown_timeout=1
         )
         runner = web.ServerRunner(
             cache.listener, shutdown_timeout=GRACE_SECONDS / 2

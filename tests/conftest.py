@@ -108,7 +108,7 @@ async def running(config: Config) -> AsyncIterator[RunningCache]:
         ports = []
         for runner in (
             web.ServerRunner(built.listener, shutdown_timeout=2),
-            web.ServerRunner(admin.listener(built.metrics, lambda: True)),
+            web.ServerRunner(admin.listener(built.metrics, lambda: True, built.actions)),
         ):
             await runner.setup()
             stack.push_async_callback(runner.cleanup)

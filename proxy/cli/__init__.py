@@ -92,7 +92,8 @@ def explain(
     if not image:
         raise click.UsageError("an image is needed, for example docker.io/library/debian:12")
     config = _load(file) if file else None
-    from proxy.cli.explain import Admin, run
+    from proxy.cli.admin import Admin
+    from proxy.cli.explain import run
 
     sys.exit(run(image, Admin(admin, config, token_file, ca_file), platform, as_json=as_json))
 

@@ -1,161 +1,25 @@
-"""``pullcache explain``: what a pullcache would do about an image, for people; it is asked where it runs."""
+"""``pullcache explain``: what a pullcache would do about an image, for people."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import re
-import socket
-import ssl
-from dataclasses import dataclass
-from http.client import HTTPException
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlencode
-from urllib.request import HTTPRedirectHandler, HTTPSHandler, ProxyHandler, Request, build_opener
+from typing import Any
 
 import click
 
-from proxy.config.values import Address
-
-if TYPE_CHECKING:
-    from proxy.config.model import Config
-
-ADMIN = "127.0.0.1:5001"
-_EVERY = ("", "0.0.0.0", "::")  # noqa: S104 - told apart, not bound
-SECONDS = 30.0
-"""A plugin that gives credentials may take its time."""
-_MOST = 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Admin:
-    """Where operators ask, as one says it: an address, or the configuration of the pullcache that is meant."""
-
-    address: str | None = None
-    config: Config | None = None
-    token_file: Path | None = None
-    ca_file: Path | None = None
-
-    @property
-    def url(self) -> str:
-        """Its address; the default one where none is said."""
-        if self.address is not None or self.config is None:
-            return self.address or ADMIN
-        scheme = "https" if self.config.admin_listener.tls_cert_file else "http"
-        return f"{scheme}://{reachable(self.config.admin)}"
-
-    @property
-    def token(self) -> Path | None:
-        """The file of its token."""
-        return self.token_file or (self.config.admin_listener.token_file if self.config else None)
+from proxy.cli.admin import Admin, Unasked, answer
 
 
 def run(image: str, admin: Admin, platform: str, *, as_json: bool) -> int:
     """The exit code: 0 where the image is one of the cache's and allowed, else 1."""
     try:
-        found = ask(image, admin.url, admin.token, admin.ca_file, platform)
+        found = answer(admin, "/explain", {"image": image, "platform": platform})
     except Unasked as error:
-        if not error.is_nobody or admin.address is not None:
-            click.echo(f"cannot explain: {error}", err=True)
-            return 1
-        click.echo(f"nobody listens on {admin.url}: told from the configuration and the cache directory alone", err=True)
-        try:
-            found = asyncio.run(_alone(admin.config, image, platform))
-        except _refusals() as refusal:
-            click.echo(f"cannot explain: {refusal}", err=True)
-            return 1
+        click.echo(f"cannot explain: {error}", err=True)
+        return 1
     for line in [json.dumps(found, indent=1)] if as_json else lines(found):
         click.echo(line)
     return 0 if found.get("allowed") else 1
-
-
-async def _alone(config: Config | None, image: str, platform: str) -> dict[str, Any]:
-    """The explanation of a pullcache that does not run; raises what refuses its start."""
-    from proxy import app
-    from proxy.config.file import validate
-
-    async with app.build(config or validate({})) as cache:
-        return await cache.explain(image, platform)
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    from proxy.cli.serve import REFUSALS
-
-    return REFUSALS
-
-
-def reachable(address: Address) -> str:
-    """Where this machine finds a listener: one on every interface on loopback."""
-    return str(Address("127.0.0.1" if address.host in _EVERY else address.host, address.port))
-
-
-class Unasked(Exception):
-    """There is no answer; the text says why, and what to do. ``is_nobody``: nobody listens there."""
-
-    def __init__(self, text: str, *, is_nobody: bool = False) -> None:
-        super().__init__(text)
-        self.is_nobody = is_nobody
-
-
-def ask(
-    image: str, admin: str, token_file: Path | None = None, ca_file: Path | None = None, platform: str = ""
-) -> dict[str, Any]:
-    """What a running pullcache says of an image, of one platform where one is given; raises ``Unasked``. Blocks."""
-    url = admin if "://" in admin else f"http://{admin}"
-    query = urlencode({"image": image} | ({"platform": platform} if platform else {}))
-    try:
-        found = _asked(Request(f"{url}/explain?{query}"), token_file, ca_file)  # noqa: S310 - the operator's own address
-    except HTTPError as error:
-        wanted = f"{token_file} does not hold its token" if token_file else "it wants its token; give --token-file"
-        other = f"it answered {error.code}; is this its admin address?"
-        raise Unasked(f"{admin}: {wanted if error.code == 401 else other}") from error
-    except (URLError, OSError, ValueError, HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
-        is_nobody = isinstance(reason, ConnectionRefusedError)
-        said = getattr(reason, "strerror", None) or reason
-        raise Unasked(f"{admin} cannot be asked: {said}; {_hint(url, reason)}", is_nobody=is_nobody) from error
-    if not isinstance(found, dict):
-        raise Unasked(f"{admin} does not answer as a pullcache; {_hint(url, None)}")
-    return found
-
-
-def _asked(request: Request, token_file: Path | None, ca_file: Path | None) -> Any:
-    try:
-        if token_file is not None:
-            request.add_header("Authorization", f"Bearer {_token_in(token_file)}")
-        tls = ssl.create_default_context(cafile=ca_file)
-    except (OSError, ValueError) as error:
-        file = getattr(error, "filename", None) or ca_file or token_file
-        raise Unasked(f"{file}: cannot be used: {getattr(error, 'strerror', None) or error}") from error
-    with build_opener(ProxyHandler({}), HTTPSHandler(context=tls), _NoRedirect()).open(request, timeout=SECONDS) as answer:
-        return json.loads(answer.read(_MOST))
-
-
-class _NoRedirect(HTTPRedirectHandler):
-    """The token is for the address that was named, and no other."""
-
-    def redirect_request(self, *_: object) -> None:
-        return None
-
-
-def _token_in(file: Path) -> str:
-    """What a file holds, if a header can show it: the texts of other errors would quote it."""
-    content = file.read_bytes().strip()
-    if not re.fullmatch(rb"[!-~]+", content):
-        raise Unasked(f"{file}: holds no token: one line without spaces is needed")
-    return content.decode()
-
-
-def _hint(url: str, reason: object) -> str:
-    if isinstance(reason, ssl.SSLCertVerificationError):
-        return "give its CA: --ca-file"
-    if isinstance(reason, ssl.SSLError):
-        return "if it has no TLS, write --admin http://..."
-    if url.startswith("http://") and not isinstance(reason, ConnectionRefusedError | socket.gaierror):
-        return "if it has TLS, write --admin https://..."
-    return "is pullcache running, and is this its admin address?"
 
 
 def lines(found: dict[str, Any]) -> list[str]:

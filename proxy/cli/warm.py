@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from proxy.cli.explain import Admin, Unasked, ask, reachable
+from proxy.cli.admin import Admin, Unasked, ask, reachable
 from proxy.config.model import Config
 from proxy.errors import RegistryError
 from proxy.image_pull_policy import derived_policy
@@ -109,9 +109,7 @@ class _Holdings:
         if self._admin is None:
             return None
         try:
-            found = await asyncio.to_thread(
-                ask, image, self._admin.url, self._admin.token, self._admin.ca_file, platform=str(platform)
-            )
+            found = await asyncio.to_thread(ask, self._admin, "/explain", {"image": image, "platform": str(platform)})
         except Unasked as error:
             if self._admin is not None:
                 tqdm.write(f"warning: what is held is not known: {error}", file=sys.stderr)

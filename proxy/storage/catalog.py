@@ -144,7 +144,7 @@ class Catalog:
         """The held manifest that the tag pointed at last, for clients of that class of ``Accept``; where there is none, the
         one of another class for which the upstream was asked last and that is the same for them."""
         rows = self._reader.execute(
-            "SELECT digest, checked, accept, media_type FROM tags JOIN blobs USING (digest) WHERE upstream = ? "
+            "SELECT digest, tags.checked, accept, media_type FROM tags JOIN blobs USING (digest) WHERE upstream = ? "
             "AND repository = ? AND tag = ? AND media_type IS NOT NULL ORDER BY accept = ? DESC, tags.rowid DESC",
             (upstream, repository, tag, accept),
         ).fetchall()
@@ -202,9 +202,9 @@ class Catalog:
             media_type = manifest.media_type if manifest else None
             before = connection.execute("SELECT size FROM blobs WHERE digest = ?", (str(digest),)).fetchone()
             connection.execute(
-                "INSERT INTO blobs VALUES (?1, ?2, ?3) "
-                "ON CONFLICT DO UPDATE SET size = ?2, media_type = ifnull(?3, media_type)",
-                (str(digest), size, media_type),
+                "INSERT INTO blobs (digest, size, media_type, checked) VALUES (?1, ?2, ?3, ?4) "
+                "ON CONFLICT DO UPDATE SET size = ?2, media_type = ifnull(?3, media_type), checked = ?4",
+                (str(digest), size, media_type, time.time()),
             )
             if manifest:
                 connection.executemany(

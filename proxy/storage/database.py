@@ -59,9 +59,14 @@ INSERT INTO images (digest, place, pulled)
 INSERT INTO loose SELECT digest, 1.0 * strftime('%s') FROM blobs WHERE media_type IS NULL AND NOT EXISTS
   (SELECT 1 FROM children JOIN blobs AS held ON held.digest = parent WHERE children.digest = blobs.digest);
 """
-_STEPS = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3, _SCHEMA_4)
+_SCHEMA_5 = """
+ALTER TABLE blobs ADD COLUMN checked REAL DEFAULT 0;  -- when it was last found whole; NULL: before it is served
+CREATE INDEX blobs_by_check ON blobs (checked);
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;  -- of the directory as a whole
+"""
+_STEPS = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3, _SCHEMA_4, _SCHEMA_5)
 SCHEMA_VERSION = len(_STEPS)
-_TABLES = {"blobs", "children", "links", "tags", "referrers", "images", "hand", "loose", "doomed"}
+_TABLES = {"blobs", "children", "links", "tags", "referrers", "images", "hand", "loose", "doomed", "facts"}
 _GROUP = 256
 
 

@@ -414,7 +414,7 @@ async def deployed(
     """Serves ``config`` on ports of its own; the contexts are those that its clients use."""
     async with app.build(config) as built, AsyncExitStack() as stack:
         ports = []
-        operators = admin.listener(built.metrics, lambda: True, built.explain, built.admin_token)
+        operators = admin.listener(built.metrics, lambda: True, built.actions, built.admin_token)
         for listener, server_tls in ((built.listener, built.tls), (operators, built.admin_tls)):
             runner = web.ServerRunner(listener, shutdown_timeout=1)
             await runner.setup()

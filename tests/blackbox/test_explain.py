@@ -55,6 +55,14 @@ async def hold(cache: Served, image: Image, tag: str) -> None:
             await asyncio.sleep(0.002)
 
 
+@pytest.mark.parametrize("query", ["", "?", "?image=", "?imag=debian", "?platform=linux/amd64"])
+async def test_who_names_no_image_is_shown_how(tmp_path: Path, registry: ScriptedRegistry, query: str) -> None:
+    async with serving(tmp_path, registry) as cache:
+        answer = await cache.admin(f"/explain{query}")
+    assert (answer.status, answer.headers.get("Content-Type")) == (400, "application/json")
+    assert "/explain?image=docker.io/library/debian:12" in json.loads(answer.body)["error"]
+
+
 async def test_a_name_in_full_and_how_it_is_reached(tmp_path: Path, registry: ScriptedRegistry) -> None:
     async with serving(tmp_path, registry) as cache:
         said = await explained(cache, NAME)

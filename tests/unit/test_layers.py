@@ -50,7 +50,7 @@ FOREIGN = {
     "yaml": {"config/file", "kubernetes/documents", "credentials/docker_config", "credentials/providers"},
     "pydantic": {"config/*"},
     "prometheus_client": {"metrics", "upstream/*"},
-    "ssl": {"upstream/*", "certificates", "cli/explain"},
+    "ssl": {"upstream/*", "certificates", "cli/admin"},
     "bcrypt": {"access/htpasswd"},
 }
 """Libraries that only some may know."""
