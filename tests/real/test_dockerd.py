@@ -269,15 +269,17 @@ def test_a_line_cut_between_docker_and_the_cache(
 ) -> None:
     """Graph drivers go on by themselves: they ask for the rest, and get it as 206. The registry is not asked again.
 
-    The containerd image store fails when a connection is reset. What it has it keeps for some seconds, and the next
-    ``docker pull`` asks for the rest, or for all.
+    The containerd image store goes on where it sees an end; as a rule it sees a reset, and fails. What it has it
+    keeps for some seconds, and the next ``docker pull`` asks for the rest, or for all.
     """
     name = f"real:{TAG}"
     with Line(mirror.port, keep=100_000) as line, kind.daemon(room, line.url) as docker:
         line.cut_after(MIDWAY)  # what is missing then is shorter: one cut
         if kind.store:
-            with pytest.raises(ServiceError, match="connection reset by peer"):
+            try:
                 docker.pull(name, ARM64)
+            except ServiceError as error:
+                assert "connection reset by peer" in str(error)  # noqa: PT017 - it may also go on by itself
             line.heal()
         docker.pull(name, ARM64)
         assert_image(docker, name, image)
