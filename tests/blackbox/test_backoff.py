@@ -142,6 +142,7 @@ async def test_many_names_that_do_not_exist(clock: Clock, start_cache: StartCach
     """T25, T45: they push nothing out, and a tag that is pushed after its 404 appears."""
     cache = await start_cache(upstream(registry), **BACKOFF)
     failing = registry.script("*", manifest_path("failing"), status(500), forever=True)
+    clock.hold()
     await cache.get(manifest_path("failing"))
     for start in range(0, 1000, 100):
         await asyncio.gather(*(cache.get(manifest_path(f"x{number}")) for number in range(start, start + 100)))
@@ -149,6 +150,7 @@ async def test_many_names_that_do_not_exist(clock: Clock, start_cache: StartCach
     assert failing.used == 1
     image = registry.add_image(REPO, "x7", [b"pushed"])
     assert (await cache.get(manifest_path("x7"))).status == 404
+    clock.go_on()
     clock.advance(10)
     assert (await cache.get(manifest_path("x7"))).body == image.data
 
@@ -355,11 +357,13 @@ async def test_a_limit_is_obeyed(
     await cache.get(manifest_path("held"))
     before = len(registry.requests)
     limited = registry.script("*", lambda _: True, too_many_requests(after), forever=True)
+    clock.hold()
     for number in range(20):
         assert (await cache.get(manifest_path("held"))).status == 200
         answer = await cache.head(manifest_path(f"x{number}"))
         assert answer.status == 429
     assert limited.used == 1
+    clock.go_on()
     clock.advance(seconds - 2)
     assert (await cache.get(manifest_path("x"))).status == 429
     assert limited.used == 1
